@@ -1,0 +1,1 @@
+"""SEAM: few-shot learners as pure functions of (model, params, task)."""

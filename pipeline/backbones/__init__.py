@@ -1,0 +1,1 @@
+"""SEAM: feature extractors."""

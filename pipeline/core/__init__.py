@@ -1,0 +1,1 @@
+"""What every package may use; it uses none of them."""

@@ -1,0 +1,81 @@
+"""Configuration: frozen sections of params.yaml, checked once, where they are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.core.errors import ConfigError
+
+
+class Section(BaseModel):
+    """Base of every configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+S = TypeVar("S", bound=Section)
+
+
+def load_section(path: str | Path, name: str, model: type[S]) -> S:
+    """Read one section of a params file into its frozen model.
+
+    Raises:
+        ConfigError: the file or section is missing, or a key or value is not allowed; the
+            message names each place and, for an unknown key, the known ones.
+    """
+    document = _read_yaml(Path(path))
+    if name not in document:
+        known = ", ".join(sorted(document)) or "none"
+        raise ConfigError(f"{path} has no section {name!r}. Add it; the file has: {known}.")
+    return parse_section(document[name], model, where=f"{path}: {name}")
+
+
+def parse_section(values: Any, model: type[S], *, where: str) -> S:
+    """Check already parsed values against a section's model; `where` opens the error message.
+
+    Raises:
+        ConfigError: a key or value is not allowed.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        problems = [_explain(problem, model) for problem in error.errors()]
+        raise ConfigError(f"{where} is not usable:\n  " + "\n  ".join(problems)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{path} does not exist. Run from the top of the repository, where it is kept."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}. Mend the line that it names.") from None
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} must hold sections (`name:` with keys below), not {document!r}.")
+    return document
+
+
+def _explain(problem: Any, model: type[BaseModel]) -> str:
+    place = ".".join(str(part) for part in problem["loc"]) or "the section"
+    if problem["type"] != "extra_forbidden":
+        return f"{place}: {problem['msg']} (got {problem['input']!r})"
+    owner = _model_at(model, problem["loc"][:-1])
+    known = ", ".join(owner.model_fields) if owner else "see params.schema.json"
+    return f"{place}: unknown key. Known keys: {known}"
+
+
+def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
+    """The nested section that a path of keys leads to, if every step of it is a plain section."""
+    for key in path:
+        field = model.model_fields.get(str(key))
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return None
+        model = annotation
+    return model

@@ -1,0 +1,1 @@
+"""What is served, how it is promoted and rolled back."""

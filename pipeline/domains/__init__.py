@@ -1,0 +1,1 @@
+"""SEAM: a raw data set as (example, class, group, split)."""

@@ -1,0 +1,1 @@
+"""Meta-gradients, and the learner that evaluation scores and serving runs."""

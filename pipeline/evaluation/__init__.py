@@ -1,0 +1,1 @@
+"""Frozen episodes in; numbers with intervals, and pictures, out."""

@@ -1,0 +1,1 @@
+"""SEAM: start N workers of one entry."""

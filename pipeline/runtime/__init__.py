@@ -1,0 +1,1 @@
+"""The process: torch.distributed, checkpoints, tracking and logs."""

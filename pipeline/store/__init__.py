@@ -1,0 +1,1 @@
+"""Raw examples in, sharded Arrow out; memory-mapped reading."""

@@ -1,0 +1,1 @@
+"""Arrow store in, episodes out: pure in (seed, index)."""
