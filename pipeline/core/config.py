@@ -18,6 +18,7 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+V = TypeVar("V")
 
 
 def load_section(path: str | Path, name: str, model: type[S]) -> S:
@@ -32,6 +33,22 @@ def load_section(path: str | Path, name: str, model: type[S]) -> S:
         known = ", ".join(sorted(document)) or "none"
         raise ConfigError(f"{path} has no section {name!r}. Add it; the file has: {known}.")
     return parse_section(document[name], model, where=f"{path}: {name}")
+
+
+def load_value(path: str | Path, key: str, kind: type[V]) -> V:
+    """Read one value of a params file by its dotted key.
+
+    Raises:
+        ConfigError: the file or key is missing, or the value is of another type.
+    """
+    value: Any = _read_yaml(Path(path))
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if not isinstance(value, kind):
+        raise ConfigError(
+            f"{path}: {key} must be a {kind.__name__}, not {value!r}. Mend that line."
+        )
+    return value
 
 
 def parse_section(values: Any, model: type[S], *, where: str) -> S:
@@ -55,7 +72,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path} does not exist. Run from the top of the repository, where it is kept."
         ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}. Mend the line that it names.") from None
+        raise ConfigError(
+            f"{path} is not valid YAML: {error}. Mend the line that it names."
+        ) from None
     if not isinstance(document, dict):
         raise ConfigError(f"{path} must hold sections (`name:` with keys below), not {document!r}.")
     return document

@@ -42,7 +42,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ArtefactError(f"{path} does not exist. Run the stage that makes it (`dvc repro`).") from None
+        raise ArtefactError(
+            f"{path} does not exist. Run the stage that makes it (`dvc repro`)."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{path} is damaged: {error}. Delete it and run `dvc repro`.") from None
 
@@ -137,11 +139,15 @@ def verify(folder: Path) -> dict[str, Any]:
     present = set()
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
-            raise ArtefactError(f"{path} is a link or a device; a sealed folder holds plain files. Remove it.")
+            raise ArtefactError(
+                f"{path} is a link or a device; a sealed folder holds plain files. Remove it."
+            )
         if path.is_file() and path != manifest_path:
             present.add(path.relative_to(folder).as_posix())
     if extra := sorted(present - set(files)):
-        raise ArtefactError(f"{folder} holds files that its manifest does not know: {extra[:5]}. Remove them.")
+        raise ArtefactError(
+            f"{folder} holds files that its manifest does not know: {extra[:5]}. Remove them."
+        )
     for name, entry in sorted(files.items()):
         _verify_file(folder, name, entry, present)
     return dict(manifest)
@@ -161,4 +167,6 @@ def _verify_file(folder: Path, name: str, entry: dict[str, Any], present: set[st
     if (folder / name).stat().st_size != entry.get("bytes"):
         raise ArtefactError(f"{folder / name} has the wrong size: cut short or altered. {mend}")
     if sha256_file(folder / name) != entry.get("sha256"):
-        raise ArtefactError(f"{folder / name} was altered: its SHA-256 is not the recorded one. {mend}")
+        raise ArtefactError(
+            f"{folder / name} was altered: its SHA-256 is not the recorded one. {mend}"
+        )

@@ -15,7 +15,9 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 
-def philox(counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]) -> tuple[UInts, UInts, UInts, UInts]:
+def philox(
+    counter: tuple[Any, Any, Any, Any], key: tuple[Any, Any]
+) -> tuple[UInts, UInts, UInts, UInts]:
     """Philox4x32-10 on whole arrays: four 32-bit words (held in uint64) per counter.
 
     Args:
@@ -59,6 +61,6 @@ def random_words(seed: int, stream: int, indices: npt.NDArray[Any], num_words: i
 
 
 def derive_seed(seed: int, *path: int) -> int:
-    """A seed for a part of a run, e.g. of one step or one worker pool; independent along the path."""
+    """A seed for a part of a run, such as one worker pool; independent along the path."""
     sequence = np.random.SeedSequence(seed, spawn_key=path)
     return int(sequence.generate_state(1, dtype=np.uint64)[0])

@@ -109,7 +109,8 @@ def _terminal_bar(label: str, total: int, unit: str, done: int) -> Iterator[Bar]
 
             def note(self, **values: float | str) -> None:
                 text = " ".join(
-                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+                    for k, v in values.items()
                 )
                 display.update(task, values=text)
 

@@ -1,0 +1,52 @@
+# Metaloom: `make repro` and `make test` are all that a new machine needs (Python >= 3.11, git, make).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export DVC_NO_ANALYTICS := 1
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := 1
+
+.PHONY: help setup repro test test-slow lint format ui clean doctor
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+
+setup: $(STAMP)  ## make .venv with the exact pins of constraints.txt
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=python3.12 or so" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[track,glyphs,dev]'
+	touch $(STAMP)
+
+repro: $(STAMP)  ## from nothing to a promoted model: runs every stage that has changed
+	dvc repro
+	metaloom release
+
+test: $(STAMP)  ## the whole test suite, apart from the long campaigns
+	python -m pytest -m 'not slow'
+
+test-slow: $(STAMP)  ## the long campaigns
+	python -m pytest -m slow
+
+lint: $(STAMP)  ## ruff, mypy --strict, import-linter
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+format: $(STAMP)  ## let ruff put the code in order
+	ruff check --fix .
+	ruff format .
+
+ui: $(STAMP)  ## MLflow's page, on this machine only
+	metaloom ui
+
+doctor: $(STAMP)  ## what this machine has and lacks
+	metaloom doctor
+
+clean:  ## remove what runs leave, apart from DVC's cache and the registry
+	rm -rf data/store data/tasks models results .metaloom/checkpoints .metaloom/launch
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

@@ -1,0 +1,176 @@
+"""Score a learner on frozen episodes, with the `adapt` and `predict` that serving runs.
+
+E episodes, S support rows, Q query rows, N ways, R distinct rows, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.backbones.pixels import Pixels, PixelsConfig
+from pipeline.core.errors import ArtefactError
+from pipeline.core.functional import BACKBONE, Model
+from pipeline.engine.learner import Learner
+from pipeline.runtime.collectives import gather_shares, share
+from pipeline.runtime.context import SINGLE, Context
+from pipeline.store.reader import Store
+from pipeline.tasks.frozen import FrozenEpisodes
+
+_ROWS_PER_CHUNK = 256  # fixed, so that features do not depend on the number of workers
+_EPISODES_PER_CHUNK = 64
+
+
+@dataclass(frozen=True)
+class EpisodeScores:
+    """What a learner answered to every query of E episodes with Q queries each."""
+
+    correct: npt.NDArray[np.bool_]
+    """[E, Q]"""
+    confidence: npt.NDArray[np.float32]
+    """[E, Q] probability of the answer"""
+    query_class: npt.NDArray[np.int32]
+    """[E, Q] the store's class id of the query"""
+    predicted_class: npt.NDArray[np.int32]
+    """[E, Q] the store's class id of the answer"""
+
+    @property
+    def accuracy(self) -> npt.NDArray[np.float64]:
+        """[E] share of right answers in each episode."""
+        means: npt.NDArray[np.float64] = self.correct.mean(axis=1, dtype=np.float64)
+        return means
+
+
+def score(
+    learner: Learner,
+    store: Store,
+    episodes: FrozenEpisodes,
+    *,
+    context: Context = SINGLE,
+    cache_features: bool = True,
+    advance: Callable[[int], None] | None = None,
+) -> EpisodeScores:
+    """Adapt to every support set, answer every query.
+
+    Where pictures enter only through their own features (metric learners with fixed batch-norm
+    statistics), each distinct picture is embedded once and the same `adapt` and `predict` run on
+    the features; otherwise episode by episode on pictures.
+
+    Args:
+        context: the workers that share the work; each gets the whole result.
+        cache_features: False looks at the pictures of each episode anew, to check the cache.
+        advance: called with the number of episodes that this worker has just finished.
+    """
+    if learner.preprocessing.image_shape != store.image_shape:
+        raise ArtefactError(
+            f"the learner takes pictures of shape {learner.preprocessing.image_shape}, the store "
+            f"{store.folder} holds {store.image_shape}. Evaluate on a store made with its settings."
+        )
+    own = share(len(episodes.support_rows), context.rank, context.world_size)
+    cached = cache_features and caches_features(learner)
+    predict = _on_features if cached else _on_pictures
+    probabilities = predict(learner, store, episodes, context)
+    parts = []
+    for start in range(own.start, own.stop, _EPISODES_PER_CHUNK):
+        chunk = range(start, min(start + _EPISODES_PER_CHUNK, own.stop))
+        best = probabilities(chunk).max(dim=-1)
+        parts.append(torch.stack([best.values.double(), best.indices.double()], dim=-1))
+        if advance is not None:
+            advance(len(chunk))
+    width = episodes.query_rows.shape[1]
+    local = torch.cat(parts) if parts else torch.zeros(0, width, 2, dtype=torch.float64)
+    answers = gather_shares(local, len(episodes.support_rows), context).cpu().numpy()
+    return _as_scores(episodes, answers[..., 0], answers[..., 1].astype(np.int64))
+
+
+def caches_features(learner: Learner) -> bool:
+    """Whether a picture's features are the same in every episode."""
+    fixed = learner.model.batch_norm == "running" and learner.model.statistics is not None
+    plain = isinstance(learner.model.skeleton, Pixels)
+    return learner.algorithm.embeds_each_example and (fixed or plain)
+
+
+def _on_features(
+    learner: Learner, store: Store, episodes: FrozenEpisodes, context: Context
+) -> Callable[[range], Tensor]:
+    """Class probabilities [e, Q, N] of a chunk of episodes, from features embedded once."""
+    rows, positions = np.unique(
+        np.concatenate([episodes.support_rows, episodes.query_rows], axis=1), return_inverse=True
+    )
+    features_RD = embed_rows(learner, store, rows, context)
+    index = torch.as_tensor(positions.reshape(len(episodes.support_rows), -1))
+    labels = torch.as_tensor(episodes.support_labels.astype(np.int64))
+    num_support = episodes.support_rows.shape[1]
+    head = Model(
+        Pixels(PixelsConfig(), (1, 1, features_RD.shape[1])), features_RD.shape[1], "running"
+    )
+    own_params = {n: p for n, p in learner.params.items() if not n.startswith(BACKBONE)}
+
+    def one(support: Tensor, support_y: Tensor, query: Tensor) -> Tensor:
+        algorithm = learner.algorithm
+        adapted = algorithm.adapt(head, own_params, support, support_y, episodes.num_ways)
+        return F.softmax(algorithm.predict(head, own_params, adapted, query).float(), dim=-1)
+
+    def probabilities(chunk: range) -> Tensor:
+        picked = features_RD[index[chunk.start : chunk.stop].to(features_RD.device)]
+        chosen_labels = labels[chunk.start : chunk.stop].to(features_RD.device)
+        result: Tensor = torch.vmap(one)(
+            picked[:, :num_support], chosen_labels, picked[:, num_support:]
+        )
+        return result
+
+    return probabilities
+
+
+def _on_pictures(
+    learner: Learner, store: Store, episodes: FrozenEpisodes, context: Context
+) -> Callable[[range], Tensor]:
+    """Class probabilities [e, Q, N] of a chunk of episodes, one episode at a time."""
+
+    def one(e: int) -> Tensor:
+        support = _pictures(store, episodes.support_rows[e], context)
+        labels = torch.as_tensor(episodes.support_labels[e].astype(np.int64), device=context.device)
+        adapted = learner.adapt(support, labels, episodes.num_ways)
+        return learner.predict(adapted, _pictures(store, episodes.query_rows[e], context))
+
+    return lambda chunk: torch.stack([one(e) for e in chunk])
+
+
+def embed_rows(
+    learner: Learner, store: Store, rows: npt.NDArray[Any], context: Context = SINGLE
+) -> Tensor:
+    """Features [R, D] of store rows [R], shared among the workers in chunks of a fixed size."""
+    chunks = [rows[i : i + _ROWS_PER_CHUNK] for i in range(0, len(rows), _ROWS_PER_CHUNK)]
+    own = share(len(chunks), context.rank, context.world_size)
+    padded = torch.zeros(
+        len(own), _ROWS_PER_CHUNK, learner.model.feature_dim, device=context.device
+    )
+    with torch.no_grad():
+        for i, chunk in enumerate(chunks[own.start : own.stop]):
+            inputs = learner.preprocessing(_pictures(store, chunk, context))
+            features, _ = learner.model.features(learner.params, inputs, learner.model.statistics)
+            padded[i, : len(chunk)] = features
+    return gather_shares(padded, len(chunks), context).flatten(0, 1)[: len(rows)]
+
+
+def _pictures(store: Store, rows: npt.NDArray[Any], context: Context) -> Tensor:
+    return torch.as_tensor(store.gather(rows)).to(context.device)
+
+
+def _as_scores(
+    episodes: FrozenEpisodes, confidence: npt.NDArray[np.float64], answers: npt.NDArray[np.int64]
+) -> EpisodeScores:
+    classes = episodes.classes.astype(np.int32)
+    return EpisodeScores(
+        correct=answers == episodes.query_labels,
+        confidence=confidence.astype(np.float32),
+        query_class=np.take_along_axis(classes, episodes.query_labels.astype(np.int64), axis=1),
+        predicted_class=np.take_along_axis(classes, answers, axis=1),
+    )

@@ -1,0 +1,42 @@
+"""The launchers, by name, and the one way to use them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.core.config import Section
+from pipeline.core.errors import ConfigError
+from pipeline.launch.base import Job, Launcher, num_workers_from_environment
+from pipeline.launch.local import launch_local
+
+LAUNCHERS: Mapping[str, Launcher] = {"local": launch_local}
+
+_FOLDER = Path(".metaloom/launch")
+
+
+def launch(entry: str, config: Section) -> Any:
+    """Run `entry` on the workers that the environment asks for; return the first one's result.
+
+    METALOOM_LAUNCHER picks the launcher (default `local`) and METALOOM_NUM_WORKERS the number of
+    workers: where a run happens is no part of what it computes.
+
+    Raises:
+        ConfigError: the environment asks for something that does not exist.
+        PipelineError: a worker's own error.
+    """
+    name = os.environ.get("METALOOM_LAUNCHER", "local")
+    if name not in LAUNCHERS:
+        raise ConfigError(
+            f"METALOOM_LAUNCHER is {name!r}. Set it to one of: {', '.join(LAUNCHERS)}."
+        )
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(dir=_FOLDER, prefix="run-"))
+    job = Job(entry, config, num_workers_from_environment())
+    result = LAUNCHERS[name](job, folder)
+    shutil.rmtree(folder)  # kept when the run failed: it holds the workers' logs
+    return result

@@ -1,0 +1,97 @@
+"""Checkpoints: a new sealed directory for each, the newest good one is resumed."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from torch import Tensor
+
+from pipeline.core.errors import ArtefactError, TrainingError
+from pipeline.core.files import new_folder, read_json, verify, write_json
+
+_KEPT = 2
+_TENSORS, _STATE = "tensors.safetensors", "state.json"
+
+
+class Checkpoint(NamedTuple):
+    """All that a run needs to go on."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]
+) -> None:
+    """Write `step-XXXXXXXX`: files, fsync, manifest, rename, fsync of the parent; keep two.
+
+    Raises:
+        TrainingError: the disk refused; earlier checkpoints are as they were.
+    """
+    target = folder / f"step-{step:08d}"
+    if target.exists():
+        return  # the same step of the same run holds the same bits: never overwrite
+    try:
+        with new_folder(target, step=step) as building:
+            safetensors.torch.save_file(
+                {n: t.detach().cpu().clone() for n, t in tensors.items()},
+                building / _TENSORS,
+            )
+            write_json(building / _STATE, dict(state))
+    except (OSError, safetensors.SafetensorError) as error:
+        raise TrainingError(
+            f"cannot write the checkpoint {target}: {error}. Free some space or mend the "
+            "disk, then run the same command again: it resumes from the last good checkpoint."
+        ) from error
+    for old in _newest_first(folder)[_KEPT:]:
+        shutil.rmtree(old)
+
+
+def tidy_checkpoints(folder: Path) -> None:
+    """Set damaged checkpoints aside, by name, and remove what a killed writer left.
+
+    One worker does this before any loads, so that all resume from the same step.
+    """
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover)
+    for path in _newest_first(folder):
+        try:
+            _read(path)
+        except ArtefactError as error:
+            aside = path.with_name(f"damaged-{time.time_ns()}-{path.name}")
+            path.rename(aside)
+            print(f"checkpoint not used, kept as {aside}: {error}", file=sys.stderr)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint, every byte as it was written; None where there is none.
+
+    Raises:
+        ArtefactError: it is damaged; `tidy_checkpoints` sets such ones aside.
+    """
+    newest = _newest_first(folder)
+    return _read(newest[0]) if newest else None
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints of a finished run."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read(path: Path) -> Checkpoint:
+    manifest = verify(path)
+    if manifest.get("step") != int(path.name.removeprefix("step-")):
+        raise ArtefactError(f"it holds step {manifest.get('step')}, not the one of its name")
+    if set(manifest["files"]) != {_TENSORS, _STATE}:
+        raise ArtefactError("it does not hold a checkpoint's files")
+    return Checkpoint(safetensors.torch.load_file(path / _TENSORS), read_json(path / _STATE))
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)

@@ -1,0 +1,120 @@
+"""One worker of a run: its rank, its device, its group; torch.distributed starts here."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.core.errors import ConfigError
+
+_TIMEOUT = timedelta(seconds=300)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Who this worker is."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this worker writes files and shows progress."""
+        return self.rank == 0
+
+
+SINGLE = Context(rank=0, world_size=1, device=torch.device("cpu"))
+"""A process of its own, for tests and for evaluation."""
+
+
+@contextmanager
+def worker_context() -> Iterator[Context]:
+    """Join the group that the launcher's environment describes (RANK, WORLD_SIZE, ...).
+
+    Raises:
+        ConfigError: the environment describes no group.
+    """
+    try:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except (KeyError, ValueError):
+        raise ConfigError(
+            "RANK and WORLD_SIZE are not set: this module is started by a launcher, not by hand. "
+            "Run `python -m stages.meta_train`."
+        ) from None
+    context = Context(rank, world_size, _device())
+    make_deterministic()
+    if world_size > 1:
+        dist.init_process_group(
+            "nccl" if context.device.type == "cuda" else "gloo",
+            init_method=os.environ.get("METALOOM_RENDEZVOUS", "env://"),
+            rank=rank,
+            world_size=world_size,
+            timeout=_TIMEOUT,
+        )
+    try:
+        yield context
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def make_deterministic() -> None:
+    """One intra-op thread and deterministic kernels: the same bits whatever the world size."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def default_num_workers() -> int:
+    """GPUs if there are any, else the physical cores that this process may use."""
+    if torch.cuda.is_available():
+        return torch.cuda.device_count()
+    return max(1, min(len(os.sched_getaffinity(0)), _physical_cores()))
+
+
+def fingerprint() -> dict[str, Any]:
+    """What the bits of a run depend on beside code, data and configuration."""
+    facts: dict[str, Any] = {
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "dtype": "float32",
+    }
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+    return {**facts, "id": digest}
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def _physical_cores() -> int:
+    """Distinct (package, core) pairs of /proc/cpuinfo; all logical cores where it says nothing."""
+    pairs, package = set(), "0"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                key, _, value = line.partition(":")
+                if key.strip() == "physical id":
+                    package = value.strip()
+                elif key.strip() == "core id":
+                    pairs.add((package, value.strip()))
+    except OSError:
+        pass
+    return len(pairs) or os.cpu_count() or 1

@@ -1,0 +1,154 @@
+"""Meta-training: the chosen backbone, trained on episodes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import Field, PositiveInt
+
+from pipeline.algorithms.table import AlgorithmConfig
+from pipeline.backbones.table import build_model, init_params
+from pipeline.core.config import Section
+from pipeline.core.files import read_json
+from pipeline.engine.learner import Learner, load_learner
+from pipeline.launch.table import launch
+from pipeline.runtime.checkpoint import clear_checkpoints
+from pipeline.runtime.context import Context
+from pipeline.store.reader import Store, open_store
+from pipeline.tasks.frozen import read_episodes
+from pipeline.tasks.plan import TrainingStream, read_training_stream
+from pipeline.tasks.stream import TrainStream, train_stream
+from pipeline.training.artefact import best_of, leave_learner, run_folder
+from pipeline.training.loop import OuterConfig, Validate, optimise
+from pipeline.training.programs import MetaTraining
+from pipeline.training.state import Best, TrainState, fresh_state, unflatten
+from pipeline.training.validation import validator
+
+
+class MetaTrainConfig(Section):
+    """Meta-training of the best candidate."""
+
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    seed: int = Field(default=0, ge=0)
+    """Of the algorithm's own initial parameters."""
+    warm_start: bool = True
+    """Start from the pre-trained backbone instead of fresh weights."""
+    num_groups: PositiveInt = 8
+    """Groups of the meta-batch, each computed whole by one worker: part of the run's identity."""
+    tasks_per_group: PositiveInt = 1
+    """Episodes in a group; they share ways and shots."""
+    outer: OuterConfig = OuterConfig()
+
+
+class MetaTrainJob(Section):
+    """One run, as the workers get it."""
+
+    config: MetaTrainConfig
+    store: Path
+    tasks: Path
+    pretrained: Path
+    target: Path
+    checkpoints: Path
+    journal: Path
+
+
+def choose_candidate(folder: Path, candidates: list[str]) -> str:
+    """The candidate with the best validation accuracy; the first of equals."""
+    cards = {name: read_json(folder / name / "learner.json") for name in candidates}
+    return max(candidates, key=lambda name: cards[name]["origin"]["val_accuracy"])
+
+
+def meta_train(
+    config: MetaTrainConfig,
+    candidates: list[str],
+    *,
+    store: Path,
+    tasks: Path,
+    pretrained: Path,
+    target: Path,
+    journal: Path,
+) -> dict[str, Any]:
+    """Meta-train the best candidate on all workers; leave a sealed learner; return its metrics."""
+    chosen = pretrained / choose_candidate(pretrained, candidates)
+    checkpoints = run_folder("meta_train", config.model_dump(mode="json"), [store, tasks, chosen])
+    job = MetaTrainJob(
+        config=config,
+        store=store,
+        tasks=tasks,
+        pretrained=chosen,
+        target=target,
+        checkpoints=checkpoints,
+        journal=journal,
+    )
+    metrics: dict[str, Any] = launch("pipeline.training.meta_train:run", job)
+    clear_checkpoints(checkpoints)
+    return metrics
+
+
+def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
+    """What every worker does."""
+    store = open_store(job.store)
+    stream = read_training_stream(job.tasks)
+    template = _template(job, context)
+    program = MetaTraining(template, store, _stream(job.config, store, stream), context)
+    validate = validator(store, read_episodes(job.tasks, "val"), context)
+    if template.algorithm.trainable:
+        state = optimise(
+            program,
+            template.params,
+            job.config.outer,
+            validate,
+            context,
+            checkpoints=job.checkpoints,
+            journal=job.journal,
+            label=f"meta-train {template.name}",
+        )
+    else:
+        state = _validated_as_it_is(template, validate)
+    learner = program.learner(unflatten(best_of(state).vector, template.params))
+    origin = {
+        "stage": "meta_train",
+        "pretrained": job.pretrained.name,
+        "warm_start": job.config.warm_start,
+        "store_digest": store.digest,
+        "reduction": job.config.outer.reduction,
+        "training_episodes": stream.model_dump(mode="json"),
+        "num_groups": job.config.num_groups,
+        "tasks_per_group": job.config.tasks_per_group,
+    }
+    return leave_learner(job.target, learner, state, origin, context)
+
+
+def _stream(config: MetaTrainConfig, store: Store, stream: TrainingStream) -> TrainStream:
+    return train_stream(
+        store,
+        stream.episodes,
+        seed=stream.seed,
+        num_groups=config.num_groups,
+        tasks_per_group=config.tasks_per_group,
+    )
+
+
+def _template(job: MetaTrainJob, context: Context) -> Learner:
+    """The chosen backbone under the configured algorithm, before any meta-training."""
+    config = job.config
+    pretrained = load_learner(job.pretrained, device=context.device)
+    algorithm = config.algorithm.chosen()
+    model = build_model(pretrained.backbone, algorithm.batch_norm)
+    features = pretrained.params
+    if not config.warm_start:
+        features = init_params(pretrained.backbone, config.seed)
+    own = algorithm.init(model.feature_dim, torch.Generator().manual_seed(config.seed))
+    params = {n: p.to(context.device) for n, p in {**features, **own}.items()}
+    return replace(pretrained, algorithm=algorithm, model=model, params=params, origin={})
+
+
+def _validated_as_it_is(template: Learner, validate: Validate) -> TrainState:
+    """The state of a run that has nothing to train: validated once."""
+    accuracy, measured = validate(template, 0)
+    state = fresh_state(template.params)
+    best = Best(0, accuracy, state.vector, measured.model.statistics or {})
+    return replace(state, best=best)

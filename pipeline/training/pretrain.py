@@ -1,0 +1,131 @@
+"""Pre-training: one candidate backbone as a classifier of the training classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PositiveInt
+
+from pipeline.algorithms.nearest_centroid import NearestCentroid
+from pipeline.backbones.conv4 import Conv4Config
+from pipeline.backbones.mlp import MLPConfig
+from pipeline.backbones.resnet12 import ResNet12Config
+from pipeline.backbones.table import BackboneSpec, build_model, init_params
+from pipeline.core.config import Section
+from pipeline.core.errors import ConfigError
+from pipeline.engine.learner import Learner, Preprocessing
+from pipeline.launch.table import launch
+from pipeline.runtime.checkpoint import clear_checkpoints
+from pipeline.runtime.context import Context
+from pipeline.store.reader import Store, open_store
+from pipeline.tasks.frozen import read_episodes
+from pipeline.training.artefact import best_of, leave_learner, run_folder
+from pipeline.training.loop import OuterConfig, optimise
+from pipeline.training.programs import Supervised
+from pipeline.training.state import unflatten
+from pipeline.training.validation import validator
+
+
+class PretrainConfig(Section):
+    """Supervised training of the candidate backbones."""
+
+    candidates: list[str] = Field(default=["conv4"], min_length=1)
+    """Backbones to pre-train; the best by validation episodes is meta-trained."""
+    seed: int = Field(default=0, ge=0)
+    """Of the initial weights and of the examples' order."""
+    num_groups: PositiveInt = 8
+    """Groups of a batch, each computed whole by one worker."""
+    examples_per_group: PositiveInt = 32
+    """Examples in a group: the batch that batch norm sees."""
+    outer: OuterConfig = OuterConfig()
+    conv4: Conv4Config = Conv4Config()
+    resnet12: ResNet12Config = ResNet12Config()
+    mlp: MLPConfig = MLPConfig()
+
+    def backbone(self, candidate: str, image_shape: tuple[int, int, int]) -> BackboneSpec:
+        """A candidate with its settings.
+
+        Raises:
+            ConfigError: no such backbone.
+        """
+        settings = getattr(self, candidate, None)
+        if candidate in ("outer", "seed") or not isinstance(settings, Section):
+            raise ConfigError(
+                f"pretrain.candidates: no backbone {candidate!r}. Known ones: conv4, resnet12, mlp."
+            )
+        return BackboneSpec(name=candidate, settings=settings.model_dump(), image_shape=image_shape)
+
+
+class PretrainJob(Section):
+    """One candidate's run, as the workers get it."""
+
+    config: PretrainConfig
+    candidate: str
+    store: Path
+    tasks: Path
+    target: Path
+    checkpoints: Path
+    journal: Path
+
+
+def pretrain(
+    config: PretrainConfig, candidate: str, *, store: Path, tasks: Path, target: Path, journal: Path
+) -> dict[str, Any]:
+    """Train one candidate on all workers and leave a sealed learner folder; returns its metrics."""
+    identity = {"config": config.model_dump(mode="json"), "candidate": candidate}
+    checkpoints = run_folder(f"pretrain-{candidate}", identity, [store, tasks])
+    job = PretrainJob(
+        config=config,
+        candidate=candidate,
+        store=store,
+        tasks=tasks,
+        target=target,
+        checkpoints=checkpoints,
+        journal=journal,
+    )
+    metrics: dict[str, Any] = launch("pipeline.training.pretrain:run", job)
+    clear_checkpoints(checkpoints)
+    return metrics
+
+
+def run(job: PretrainJob, context: Context) -> dict[str, Any]:
+    """What every worker does."""
+    store = open_store(job.store)
+    config = job.config
+    template = _template(config.backbone(job.candidate, store.image_shape), store, config, context)
+    program = Supervised(
+        template, store, config.seed, config.num_groups, config.examples_per_group, context
+    )
+    head = {n: p.to(context.device) for n, p in program.init_head().items()}
+    start = {**template.params, **head}
+    validate = validator(store, read_episodes(job.tasks, "val"), context)
+    state = optimise(
+        program,
+        start,
+        config.outer,
+        validate,
+        context,
+        checkpoints=job.checkpoints,
+        journal=job.journal,
+        label=f"pretrain {job.candidate}",
+    )
+    learner = program.learner(unflatten(best_of(state).vector, start))
+    origin = {
+        "stage": "pretrain",
+        "candidate": job.candidate,
+        "store_digest": store.digest,
+    }
+    return leave_learner(job.target, learner, state, origin, context)
+
+
+def _template(
+    spec: BackboneSpec, store: Store, config: PretrainConfig, context: Context
+) -> Learner:
+    algorithm = NearestCentroid()
+    preprocessing = Preprocessing(
+        image_shape=store.image_shape, mean=list(store.mean), std=list(store.std)
+    )
+    model = build_model(spec, algorithm.batch_norm)
+    params = {n: p.to(context.device) for n, p in init_params(spec, config.seed).items()}
+    return Learner(algorithm, model, params, preprocessing, spec, {})
