@@ -19,7 +19,7 @@ from pipeline.core.types import Statistics
 class MLPConfig(Section):
     """MLP: fully connected layers with batch norm and ReLU on the flattened picture."""
 
-    hidden: Annotated[list[PositiveInt], MinLen(1)] = [256, 128, 64, 64]
+    hidden: Annotated[tuple[PositiveInt, ...], MinLen(1)] = (256, 128, 64, 64)
     """Units of each layer; the last is the feature dimension."""
 
 

@@ -18,7 +18,7 @@ from pipeline.core.types import Statistics
 class ResNet12Config(Section):
     """ResNet-12: four residual blocks of three 3x3 convolutions each."""
 
-    widths: Annotated[list[PositiveInt], Len(4, 4)] = [64, 128, 256, 512]
+    widths: Annotated[tuple[PositiveInt, ...], Len(4, 4)] = (64, 128, 256, 512)
     """Channels of the four blocks; the papers use 64-128-256-512 or 64-160-320-640."""
 
 

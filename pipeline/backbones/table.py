@@ -72,6 +72,7 @@ def _build(spec: BackboneSpec, *, device: str) -> nn.Module:
     if int(module.feature_dim) < 1:  # type: ignore[arg-type]
         raise ConfigError(
             f"backbone {spec.name} cannot take {spec.image_shape[1]}x{spec.image_shape[2]} "
-            "pictures: nothing is left after its poolings. Raise preprocess.image_size to 16 or more."
+            "pictures: nothing is left after its poolings. Raise preprocess.image_size to 16 or "
+            "more."
         )
     return module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 from pipeline.core.errors import ArtefactError
 
 MANIFEST = "manifest.json"
+_OWN_HASH = "manifest_sha256"
 
 
 def sha256_bytes(content: bytes) -> str:
@@ -89,6 +91,8 @@ def new_folder(target: Path, **header: Any) -> Iterator[Path]:
     folder replaces `target`. If the body raises, or the process dies, `target` is as it was.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*-*"):
+        shutil.rmtree(leftover)  # of a process that was killed: a folder has one writer at a time
     building = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.building-"))
     os.chmod(building, 0o755)
     try:
@@ -120,7 +124,9 @@ def seal(folder: Path, **header: Any) -> None:
             }
     for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
         fsync_folder(path)
-    write_json(folder / MANIFEST, {**header, "files": files})
+    manifest = {**header, "files": files}
+    own = sha256_bytes(canonical_json(manifest).encode())
+    write_json(folder / MANIFEST, {**manifest, _OWN_HASH: own})
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -134,8 +140,8 @@ def verify(folder: Path) -> dict[str, Any]:
     manifest_path = folder / MANIFEST
     if manifest_path.is_symlink() or not manifest_path.is_file():
         raise ArtefactError(f"{folder} has no {MANIFEST}: it was never finished. Make it again.")
-    manifest = read_json(manifest_path)
-    files = _file_list(manifest, folder)
+    manifest = _read_manifest(manifest_path)
+    files = manifest["files"]
     present = set()
     for path in folder.rglob("*"):
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
@@ -150,14 +156,22 @@ def verify(folder: Path) -> dict[str, Any]:
         )
     for name, entry in sorted(files.items()):
         _verify_file(folder, name, entry, present)
-    return dict(manifest)
+    return manifest
 
 
-def _file_list(manifest: Any, folder: Path) -> dict[str, Any]:
-    files = manifest.get("files") if isinstance(manifest, dict) else None
-    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
-        raise ArtefactError(f"{folder / MANIFEST} is not a manifest. Make the folder again.")
-    return files
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """A manifest that vouches for itself too: canonical bytes, and the hash of all but the hash."""
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ArtefactError(f"{path} is not a manifest. Make the folder again.")
+    own = manifest.pop(_OWN_HASH, None)
+    canonical = canonical_json({**manifest, _OWN_HASH: own}).encode()
+    if own != sha256_bytes(canonical_json(manifest).encode()) or canonical != path.read_bytes():
+        raise ArtefactError(
+            f"{path} was altered: its own SHA-256 is not the recorded one. Restore it "
+            "(`dvc checkout`) or make it again (`dvc repro`)."
+        )
+    return manifest
 
 
 def _verify_file(folder: Path, name: str, entry: dict[str, Any], present: set[str]) -> None:

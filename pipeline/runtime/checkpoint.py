@@ -50,7 +50,9 @@ def save_checkpoint(
             "disk, then run the same command again: it resumes from the last good checkpoint."
         ) from error
     for old in _newest_first(folder)[_KEPT:]:
-        shutil.rmtree(old)
+        going = old.with_name(f".{old.name}.old")  # hidden in one step: never seen half removed
+        old.rename(going)
+        shutil.rmtree(going)
 
 
 def tidy_checkpoints(folder: Path) -> None:
