@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.core import errors
 from pipeline.core.errors import PipelineError, TrainingError
 from pipeline.core.files import read_json
-from pipeline.launch.base import Job
+from pipeline.launch.base import LOST_PEER, Job
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
@@ -27,6 +27,8 @@ def launch_local(job: Job, folder: Path) -> Any:
         PipelineError: a worker failed; the message is that worker's.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for stale in [folder / "rendezvous", folder / "result.json", *folder.glob("error-*.json")]:
+        stale.unlink(missing_ok=True)
     config_file = folder / "config.json"
     config_file.write_text(job.config.model_dump_json())
     workers: list[subprocess.Popen[bytes]] = []
@@ -68,28 +70,27 @@ def _wait(workers: list[subprocess.Popen[bytes]], folder: Path) -> None:
         PipelineError: the first failure's own error, or a description of how the worker ended.
     """
     running = dict(enumerate(workers))
+    lost_since = None
     while running:
         for rank, worker in list(running.items()):
             code = worker.poll()
             if code == 0:
                 del running[rank]
-            elif code is not None:
+            elif code is not None and code != LOST_PEER:
                 raise _failure(rank, code, folder)
+            elif code == LOST_PEER:
+                lost_since = lost_since or time.monotonic()
+                if time.monotonic() - lost_since > _GRACE_SECONDS:
+                    raise _failure(rank, code, folder)
         time.sleep(_POLL_SECONDS)
 
 
 def _failure(rank: int, code: int, folder: Path) -> PipelineError:
-    deadline = time.monotonic() + 1.0  # a peer of the one that failed may be seen to end first
-    while time.monotonic() < deadline:
-        for report in sorted(folder.glob("error-*.json")):
-            told = json.loads(report.read_text())
-            kind = getattr(errors, told["kind"], TrainingError)
-            error = kind(told["message"])
-            assert isinstance(error, PipelineError)
-            return error
-        if code < 0:
-            break
-        time.sleep(_POLL_SECONDS)
+    for report in sorted(folder.glob("error-*.json")):
+        told = json.loads(report.read_text())
+        error = getattr(errors, told["kind"], TrainingError)(told["message"])
+        assert isinstance(error, PipelineError)
+        return error
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     log = folder / f"worker-{rank}.log"
     seen = f" Its last words are in {log}." if log.exists() and log.stat().st_size else ""

@@ -14,7 +14,11 @@ from typing import Any
 from pipeline.core.config import Section
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import write_json
+from pipeline.launch.base import LOST_PEER
 from pipeline.runtime.context import worker_context
+
+
+_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 
 def main() -> None:
@@ -34,7 +38,9 @@ def main() -> None:
         report = {"kind": type(error).__name__, "message": str(error)}
         write_json(Path(folder) / f"error-{rank}.json", report)
         os._exit(1)  # peers may be waiting in a collective: leave without the usual goodbye
-    except Exception:
+    except Exception as error:
+        if any(sign in str(error) for sign in _PEER_GONE):
+            os._exit(LOST_PEER)
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(3)

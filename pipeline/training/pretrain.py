@@ -93,7 +93,8 @@ def run(job: PretrainJob, context: Context) -> dict[str, Any]:
     """What every worker does."""
     store = open_store(job.store)
     config = job.config
-    template = _template(config.backbone(job.candidate, store.image_shape), store, config, context)
+    spec = config.backbone(job.candidate, store.image_shape)
+    template = initial_learner(spec, store, config.seed, context)
     program = Supervised(
         template, store, config.seed, config.num_groups, config.examples_per_group, context
     )
@@ -119,13 +120,12 @@ def run(job: PretrainJob, context: Context) -> dict[str, Any]:
     return leave_learner(job.target, learner, state, origin, context)
 
 
-def _template(
-    spec: BackboneSpec, store: Store, config: PretrainConfig, context: Context
-) -> Learner:
+def initial_learner(spec: BackboneSpec, store: Store, seed: int, context: Context) -> Learner:
+    """A backbone before any training, with the nearest-centroid head that validates it."""
     algorithm = NearestCentroid()
     preprocessing = Preprocessing(
         image_shape=store.image_shape, mean=list(store.mean), std=list(store.std)
     )
     model = build_model(spec, algorithm.batch_norm)
-    params = {n: p.to(context.device) for n, p in init_params(spec, config.seed).items()}
+    params = {n: p.to(context.device) for n, p in init_params(spec, seed).items()}
     return Learner(algorithm, model, params, preprocessing, spec, {})

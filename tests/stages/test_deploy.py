@@ -1,0 +1,253 @@
+"""The deploy stage on a small real project: MLflow on sqlite, the model served over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from pipeline.algorithms.nearest_centroid import NearestCentroid
+from pipeline.algorithms.protonet import ProtoNet
+from pipeline.backbones.table import BackboneSpec, build_model, init_params
+from pipeline.cli import app
+from pipeline.core.config import load_section
+from pipeline.core.errors import ArtefactError, RegistryError
+from pipeline.core.files import new_folder, read_json, sha256_file
+from pipeline.deploy.bundle import WEIGHTS
+from pipeline.deploy.registry import (
+    CHALLENGER,
+    CHAMPION,
+    PASSED,
+    PREVIOUS,
+    ROLLED_BACK_TAG,
+    SMOKE_TAG,
+    Registry,
+)
+from pipeline.deploy.release import DeployConfig, Sources, deploy, prepare, refuse_failed_smoke
+from pipeline.engine.learner import Learner, Preprocessing, save_learner
+from pipeline.evaluation.evaluate import EvaluateConfig, run_evaluation
+from pipeline.runtime.lineage import content_hash
+from pipeline.store.reader import Store, open_store
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MODEL = "tiny-blobs"
+FLOORS = {"blobs": {"5w1s": 0.3}}
+
+
+def build_learner(store: Store, units: int) -> Learner:
+    """An untrained network; the more units, the more of the picture it keeps."""
+    spec = BackboneSpec(name="mlp", settings={"hidden": [units]}, image_shape=store.image_shape)
+    algorithm = ProtoNet()
+    model = build_model(spec, algorithm.batch_norm)
+    own = algorithm.init(model.feature_dim, torch.Generator().manual_seed(0))
+    params = {**init_params(spec, 0), **own}
+    shape = Preprocessing(image_shape=store.image_shape, mean=store.mean, std=store.std)
+    rows = torch.arange(0, store.num_rows, 7).numpy()
+    _, statistics = model.features(params, shape(store.gather(rows)))
+    model = model.with_statistics(statistics)
+    return Learner(algorithm, model, params, shape, spec, {"pretrained": "mlp", "step": units})
+
+
+def put(folder: Path, learner: Learner) -> None:
+    with new_folder(folder, kind="learner") as building:
+        save_learner(building, learner)
+
+
+def train_and_evaluate(root: Path, units: int) -> None:
+    """What the stages before deploy leave: learner, pre-trained candidate, evaluation."""
+    store = open_store(root / "data/store/blobs")
+    learner = build_learner(store, units)
+    put(root / "models/meta", learner)
+    features = replace(learner, origin={})
+    put(root / "models/pretrained/mlp", features.with_algorithm(NearestCentroid()))
+    run_evaluation(
+        EvaluateConfig(baselines=("pixels",)),
+        root / "models/meta",
+        root / "models/pretrained/mlp",
+        root / "data/tasks",
+        root / "data/store/blobs",
+        root / "results/evaluate",
+    )
+
+
+@pytest.fixture(scope="module")
+def project(
+    blob_store: Store, blob_tasks: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    root = tmp_path_factory.mktemp("project")
+    shutil.copytree(blob_store.folder, root / "data/store/blobs")
+    shutil.copytree(blob_tasks, root / "data/tasks")
+    deploy_section = {"model_name": "tiny", "gate": {"floors": FLOORS, "num_bootstrap": 1000}}
+    params = {"preprocess": {"domain": "blobs"}, "deploy": deploy_section}
+    (root / "params.yaml").write_text(yaml.safe_dump(params))
+    train_and_evaluate(root, units=8)
+    lock = {"stages": {"meta_train": {"outs": [{"path": "models/meta"}]}}}
+    (root / "dvc.lock").write_text(yaml.safe_dump(lock))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(root)
+        yield root
+
+
+@pytest.fixture(scope="module")
+def first(project: Path) -> dict[str, Any]:
+    """The stage as DVC runs it, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.deploy"],
+        cwd=project,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "METALOOM_PIPELINE_RUN": "first"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    record: dict[str, Any] = read_json(project / "results/deploy/release.json")
+    return record
+
+
+@pytest.fixture
+def registry(first: dict[str, Any], project: Path) -> Registry:
+    return Registry(project, MODEL)
+
+
+def run_deploy(project: Path, **changes: Any) -> dict[str, Any]:
+    config = load_section(project / "params.yaml", "deploy", DeployConfig)
+    return deploy(config.model_copy(update=changes), Sources(), root=project)
+
+
+def command(*arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run `metaloom` in this process; returns what it printed."""
+    app(list(arguments), standalone_mode=False)
+    return capsys.readouterr().out
+
+
+def test_the_first_model_that_meets_the_floors_is_served_and_becomes_champion(
+    first: dict[str, Any], registry: Registry, project: Path
+) -> None:
+    assert (first["model"], first["version"], first["aliases"]) == (MODEL, 1, {CHAMPION: 1})
+    assert first["decision"]["verdict"] == "champion"
+    assert first["weights"] == sha256_file(project / "models/meta" / WEIGHTS)
+    smoke = first["smoke"]
+    assert smoke["passed"] and smoke["queries"] > 0
+    assert smoke["largest_difference"] <= DeployConfig().smoke.tolerance
+    tags = registry.version(1).tags
+    assert (tags[SMOKE_TAG], tags["gate.verdict"]) == (PASSED, "champion")
+    assert json.loads(tags["gate.rules"]) == first["decision"]["rules"]
+    assert tags["dvc.lock"] == content_hash(project / "dvc.lock")
+
+
+def test_the_stage_is_a_run_and_restored_stages_are_named(
+    first: dict[str, Any], registry: Registry
+) -> None:
+    """meta_train did not run here, and no run is known to have made its output."""
+    client = registry._client
+    child, parent = (client.get_run(first["runs"][who]) for who in ("child", "parent"))
+    assert (child.info.status, parent.info.status) == ("FINISHED", "FINISHED")
+    assert child.data.tags["output.results/deploy/release.json"] == content_hash(
+        Path("results/deploy/release.json")
+    )
+    assert parent.data.tags["restored.meta_train"] == "unknown"
+    assert registry.version(1).run_id == first["runs"]["child"]
+
+
+def test_a_worse_model_waits_as_challenger_and_a_person_decides(
+    registry: Registry, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_and_evaluate(project, units=2)
+    record = run_deploy(project)
+    assert record["decision"]["verdict"] == "challenger"
+    assert record["aliases"] == {CHAMPION: 1, CHALLENGER: 2}
+    assert "is @champion; version 1 is @previous" in command("promote", capsys=capsys)
+    assert registry.aliases() == {CHAMPION: 2, PREVIOUS: 1}
+    assert "version 1 is @champion again" in command("rollback", capsys=capsys)
+    assert registry.aliases() == {CHAMPION: 1}
+    assert ROLLED_BACK_TAG in registry.version(2).tags
+
+
+def test_a_version_that_fails_its_trial_never_serves(registry: Registry, project: Path) -> None:
+    """A better model, but its server is not ready in time."""
+    train_and_evaluate(project, units=64)
+    smoke = DeployConfig().smoke.model_copy(update={"timeout_seconds": 0.3})
+    before = registry.aliases()
+    record = run_deploy(project, smoke=smoke)
+    assert record["decision"]["verdict"] == "champion"
+    assert not record["smoke"]["passed"] and registry.aliases() == before
+    with pytest.raises(RegistryError, match="failed the smoke test and does not"):
+        refuse_failed_smoke(record)
+    with pytest.raises(RegistryError, match="has not passed the smoke test"):
+        registry.promote(registry.version(record["version"]))
+
+
+def test_release_asks_the_registry(
+    first: dict[str, Any],
+    registry: Registry,
+    project: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing to do where the release is registered; a registry without it gets it."""
+    train_and_evaluate(project, units=8)
+    versions = [v.version for v in registry._client.search_model_versions(f"name = '{MODEL}'")]
+    text = command("release", capsys=capsys)
+    assert f"{MODEL} version 1: @champion" in text
+    assert all(f" {word} " in text for word in ("report", "ui", "serve"))
+    assert max(len(line) for line in text.splitlines()) <= 80
+    after = [v.version for v in registry._client.search_model_versions(f"name = '{MODEL}'")]
+    assert after == versions
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{project}/elsewhere/mlflow.db")
+    record = json.loads(command("release", "--json", capsys=capsys))
+    assert (record["version"], record["bundle"]) == (1, first["bundle"])
+    assert Registry(project, MODEL).aliases() == {CHAMPION: 1}
+
+
+def test_without_floors_the_best_baseline_must_be_beaten(project: Path, tmp_path: Path) -> None:
+    """Raw pixels as the model: it cannot beat the pixel baseline, so it is no champion."""
+    from pipeline.evaluation.baselines import pixel_learner
+
+    learner = pixel_learner(build_learner(open_store(project / "data/store/blobs"), 8))
+    put(tmp_path / "meta", replace(learner, origin={"pretrained": "mlp"}))
+    target = tmp_path / "evaluate"
+    run_evaluation(
+        EvaluateConfig(baselines=("pixels",)),
+        tmp_path / "meta",
+        project / "models/pretrained/mlp",
+        project / "data/tasks",
+        project / "data/store/blobs",
+        target,
+    )
+    sources = replace(Sources(), learner=tmp_path / "meta", evaluation=target / "metrics.json")
+    config = load_section(project / "params.yaml", "deploy", DeployConfig)
+    gate = config.gate.model_copy(update={"floors": {}})
+    smoke = config.smoke.model_copy(update={"timeout_seconds": 0.1})
+    changed = config.model_copy(update={"gate": gate, "smoke": smoke, "model_name": "pixels"})
+    record = deploy(changed, sources, root=project)
+    assert record["decision"]["verdict"] == "challenger"
+    assert {rule["rule"] for rule in record["decision"]["rules"]} >= {"beats_baseline"}
+
+
+def test_numbers_of_other_episodes_are_refused(project: Path, tmp_path: Path) -> None:
+    numbers = read_json(project / "results/evaluate/metrics.json")
+    numbers["blobs"]["5w1s"]["protocol"]["episodes_digest"] = "0" * 64
+    (tmp_path / "metrics.json").write_text(json.dumps(numbers))
+    sources = replace(Sources(), evaluation=tmp_path / "metrics.json")
+    with pytest.raises(ArtefactError, match="was not measured on the 5w1s test episodes"):
+        prepare(DeployConfig(), sources, tmp_path / "bundle")
+
+
+def test_the_card_states_the_measured_numbers(project: Path, tmp_path: Path) -> None:
+    numbers = read_json(project / "results/evaluate/metrics.json")["blobs"]
+    card = prepare(DeployConfig(), Sources(), tmp_path / "bundle").bundle.card
+    for setting, found in numbers.items():
+        assert f"| {setting} | {found['accuracy']:.2%} ± {found['ci95']:.2%} |" in card
+    assert "Limits" in card and "invocations" in card

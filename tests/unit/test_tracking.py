@@ -1,0 +1,382 @@
+"""Runs are recorded whole, or the loss is said; nothing about recording stops a stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.core.config import Section
+from pipeline.core.errors import TrainingError
+from pipeline.core.files import new_folder
+from pipeline.runtime import lineage
+from pipeline.runtime.journal import Journal, Point
+from pipeline.runtime.recorder import Patience, Recorder, record
+from pipeline.runtime.tracking import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    MemoryTracker,
+    RunIds,
+    RunStart,
+    stage_run,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Inner(Section):
+    rate: float = 0.5
+    sizes: tuple[int, ...] = (1, 2)
+
+
+class Config(Section):
+    inner: Inner = Inner()
+    name: str = "a"
+
+
+STAGE = """
+import time
+from pathlib import Path
+from tests.unit.test_tracking import Config
+from pipeline.runtime.journal import Journal
+from pipeline.runtime.tracking import stage_run
+
+inputs = {{"pictures": Path("in.txt")}}
+with stage_run({stage!r}, Config(), inputs=inputs, outputs=[Path({out!r})]) as run:
+    journal = Journal(run.journal)
+    for step in range(300):
+        journal.write(step, {{"loss": 1 / (step + 1)}})
+    run.log({{"accuracy": 0.75}})
+    Path({out!r}).write_text({stage!r})
+    {body}
+"""
+
+
+def start_stage(
+    root: Path, stage: str, body: str = "", **environment: str
+) -> subprocess.Popen[str]:
+    script = STAGE.format(stage=stage, out=f"{stage}.txt", body=body)
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tracked")
+    (folder / "in.txt").write_text("pictures")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def client(root: Path) -> Any:
+    from pipeline.runtime.mlflow_tracker import connect
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        return connect(root)
+
+
+@pytest.fixture(scope="module")
+def first_pair(root: Path) -> list[subprocess.Popen[str]]:
+    """Two stages of one pipeline that start at once on a machine without a database."""
+    names = ("preprocess", "sample_tasks")
+    started = [start_stage(root, name, METALOOM_PIPELINE_RUN="pair") for name in names]
+    for process in started:
+        process.communicate(timeout=120)
+    return started
+
+
+def runs(client: Any, condition: str) -> list[Any]:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, condition))
+
+
+def test_two_processes_make_one_new_database_and_share_one_parent(
+    first_pair: Sequence[subprocess.Popen[str]], client: Any
+) -> None:
+    assert [process.returncode for process in first_pair] == [0, 0]
+    children = runs(client, "tags.`metaloom.role` = 'stage' and tags.`metaloom.pipeline` = 'pair'")
+    assert {run.info.run_name for run in children} == {"preprocess", "sample_tasks"}
+    parents = {run.data.tags["mlflow.parentRunId"] for run in children}
+    assert len(parents) == 1
+    assert {run.info.status for run in [*children, client.get_run(parents.pop())]} == {FINISHED}
+
+
+def test_a_run_holds_params_points_inputs_and_tags(
+    first_pair: Sequence[subprocess.Popen[str]], client: Any, root: Path
+) -> None:
+    (run,) = runs(client, "tags.`metaloom.stage` = 'preprocess'")
+    assert run.data.params == {"inner.rate": "0.5", "inner.sizes": "[1, 2]", "name": "a"}
+    history = client.get_metric_history(run.info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [
+        (i, 1 / (i + 1)) for i in range(300)
+    ]
+    assert run.data.metrics["accuracy"] == 0.75
+    (found,) = run.inputs.dataset_inputs
+    assert found.dataset.name == "pictures"
+    assert json.loads(found.dataset.source)["sha256"] == lineage.content_hash(root / "in.txt")
+    assert run.data.tags["output.preprocess.txt"] == lineage.content_hash(root / "preprocess.txt")
+    assert run.data.tags["code.hash"] == lineage.code_hash(REPOSITORY)
+    assert run.data.tags.keys() >= {"git.commit", "git.dirty", "dvc.lock"}
+    assert not list(
+        (root / ".metaloom/journal").glob(f"preprocess-{run.data.tags['metaloom.key'][:12]}*")
+    )
+
+
+def test_however_a_stage_ends_its_run_is_closed(
+    first_pair: Sequence[subprocess.Popen[str]], client: Any, root: Path
+) -> None:
+    """An exception, and kill -9 in the middle (seen to be running first)."""
+    failing = start_stage(root, "failing", "raise ValueError('no more')", METALOOM_PIPELINE_RUN="f")
+    killed = start_stage(
+        root, "killed", "print(run.ids, flush=True); time.sleep(600)", METALOOM_PIPELINE_RUN="k"
+    )
+    assert killed.stdout and killed.stdout.readline().startswith("RunIds(")
+    (run,) = runs(client, "tags.`metaloom.stage` = 'killed'")
+    assert run.info.status == "RUNNING"
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    _, errors = failing.communicate(timeout=120)
+    assert failing.returncode == 1 and "no more" in errors
+    (run,) = runs(client, "tags.`metaloom.stage` = 'failing'")
+    assert run.info.status == FAILED and "no more" in run.data.tags["error"]
+    assert client.get_run(run.data.tags["mlflow.parentRunId"]).info.status == FAILED
+    (run,) = wait_for(
+        lambda: runs(client, "tags.`metaloom.stage` = 'killed' and attributes.status = 'KILLED'")
+    )
+    assert client.get_run(run.data.tags["mlflow.parentRunId"]).info.status == KILLED
+
+
+def wait_for(search: Callable[[], list[Any]], seconds: float = 20) -> list[Any]:
+    deadline = time.monotonic() + seconds
+    while not (found := search()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return found
+
+
+def test_restored_stages_are_linked_and_stale_runs_closed(
+    first_pair: Sequence[subprocess.Popen[str]],
+    client: Any,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from pipeline.runtime.mlflow_tracker import MlflowTracker
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    name = lineage.process_name(gone.pid)
+    gone.wait()
+    tracker = MlflowTracker(root)
+    stale = tracker.start(RunStart("train", "stale", pipeline="old", owner=name, process=name))
+    here = lineage.process_name(os.getpid())
+    ids = tracker.start(RunStart("deploy", "new", pipeline="new", owner=here, process=here))
+    assert ids == tracker.start(RunStart("deploy", "new", pipeline="new", owner=here, process=here))
+    assert {client.get_run(run).info.status for run in (stale.parent, stale.child)} == {KILLED}
+    made = lineage.content_hash(root / "preprocess.txt")
+    outputs = {
+        "preprocess": {"preprocess.txt": str(made)},
+        "sample_tasks": {"sample_tasks.txt": "0" * 64},
+        "deploy": {"release.json": "0" * 64},
+    }
+    links = tracker.link(ids, outputs)
+    (maker,) = runs(client, "tags.`metaloom.stage` = 'preprocess'")
+    assert links == {"preprocess": maker.info.run_id, "sample_tasks": "unknown"}
+    parent = client.get_run(ids.parent)
+    assert parent.data.tags["restored.preprocess"] == maker.info.run_id
+    assert client.get_run(maker.info.run_id).data.tags[f"reused_by.{ids.parent}"] == "preprocess"
+    tracker.finish(ids, FINISHED, {})
+    assert client.get_run(ids.parent).info.status == FINISHED
+
+
+class Flaky(MemoryTracker):
+    """Fails whenever its plan says so, before or after the call has had its effect."""
+
+    plan: Sequence[str] = ()
+    calls = 0
+
+    def _step(self, act: Callable[[], Any]) -> Any:
+        fault = self.plan[self.calls] if self.calls < len(self.plan) else "fine"
+        self.calls += 1
+        if fault == "before":
+            raise ConnectionError("refused")
+        result = act()
+        if fault == "after":
+            raise TimeoutError("no answer")
+        return result
+
+    def start(self, run: RunStart) -> RunIds:
+        return self._step(lambda: MemoryTracker.start(self, run))
+
+    def log(self, ids: RunIds, points: Sequence[Point]) -> None:
+        self._step(lambda: MemoryTracker.log(self, ids, points))
+
+    def finish(self, ids: RunIds, status: str, tags: Any) -> None:
+        self._step(lambda: MemoryTracker.finish(self, ids, status, tags))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    plan=st.lists(st.sampled_from(["fine", "before", "after"]), max_size=12),
+    count=st.integers(0, 900),
+)
+def test_after_any_faults_every_point_is_there_once(
+    tmp_path_factory: pytest.TempPathFactory, plan: list[str], count: int
+) -> None:
+    journal = tmp_path_factory.mktemp("journal") / "points.jsonl"
+    tracker = Flaky()
+    tracker.plan = plan
+    recorder = Recorder(lambda: tracker, journal)
+    recorder.accept({"event": "start", "run": {"stage": "s", "key": "k", "inputs": []}})
+    writer = Journal(journal)
+    for step in range(count):
+        writer.write(step, {"loss": float(step)})
+    recorder.accept({"event": "end", "status": FINISHED, "tags": {}})
+    recorder.accept({"event": "end", "status": KILLED, "tags": {}})
+    for _ in range(len(plan) + 1):
+        try:
+            recorder.flush()
+        except OSError:
+            continue
+    assert recorder.done
+    assert sorted(step for _, _, step, _ in tracker.points) == list(range(count))
+    assert tracker.finished["k"][0] == FINISHED
+
+
+def test_a_dead_server_is_said_once_and_given_up_within_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real client against a port where nobody listens."""
+    from pipeline.runtime.mlflow_tracker import MlflowTracker
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    events: queue.Queue[Any] = queue.Queue()
+    events.put({"event": "start", "run": {"stage": "s", "key": "k", "inputs": []}})
+    events.put({"event": "end", "status": FINISHED, "tags": {}})
+    warnings: list[str] = []
+    began = time.monotonic()
+    complete = record(
+        Recorder(lambda: MlflowTracker(tmp_path), tmp_path / "none.jsonl"),
+        events,
+        on_start=lambda ids: pytest.fail("no run can have been opened"),
+        stage_lives=lambda: True,
+        warn=warnings.append,
+        patience=Patience(first_backoff=0.1, silent_server=1.0),
+    )
+    assert not complete
+    assert len(warnings) == 1 and "the stage goes on" in warnings[0]
+    assert time.monotonic() - began < 20
+
+
+def test_code_that_changes_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METALOOM_TRACKING", "off")
+    code = tmp_path / "pipeline" / "a.py"
+    code.parent.mkdir()
+    code.write_text("x = 1\n")
+    with stage_run("s", Config(), root=tmp_path, code_root=tmp_path):
+        pass
+    with (
+        pytest.raises(TrainingError, match="changed while s ran"),
+        stage_run("s", Config(), root=tmp_path, code_root=tmp_path),
+    ):
+        code.write_text("x = 2\n")
+
+
+def test_without_mlflow_the_stage_runs_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with stage_run("s", Config(), root=tmp_path) as run:
+        run.log({"accuracy": 1.0})
+        assert run.ids is None
+    assert "not installed: runs are not recorded" in capsys.readouterr().err
+    assert json.loads(run.journal.read_text())["metrics"] == {"accuracy": 1.0}
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *arguments], check=True, capture_output=True)
+
+
+def test_dirty_means_sources_not_what_dvc_writes(tmp_path: Path) -> None:
+    assert lineage.git_state(tmp_path) == lineage.GitState("none", dirty=True)
+    git(tmp_path, "init")
+    git(tmp_path, "config", "user.email", "a@b.c")
+    git(tmp_path, "config", "user.name", "a")
+    (tmp_path / "results").mkdir()
+    for name in ("dvc.lock", "results/metrics.json", "params.yaml"):
+        (tmp_path / name).write_text("{}")
+    lock = {"stages": {"evaluate": {"outs": [{"path": "results"}]}}}
+    (tmp_path / "dvc.lock").write_text(json.dumps(lock))
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "a")
+    assert not lineage.git_state(tmp_path).dirty
+    (tmp_path / "dvc.lock").write_text(json.dumps({**lock, "schema": "2.0"}))
+    (tmp_path / "results/metrics.json").write_text("[]")
+    assert not lineage.git_state(tmp_path).dirty
+    (tmp_path / "params.yaml").write_text("a: 1")
+    assert lineage.git_state(tmp_path).dirty
+
+
+def test_content_hashes_tell_any_two_contents_apart(tmp_path: Path) -> None:
+    assert lineage.content_hash(tmp_path / "absent") is None
+    for name, text in (("a", "1"), ("b", "1"), ("c", "2")):
+        with new_folder(tmp_path / name) as folder:
+            (folder / "x").write_text(text)
+    hashes = [lineage.content_hash(tmp_path / name) for name in "abc"]
+    assert hashes[0] == hashes[1] != hashes[2]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "x").write_text("1")
+    before = lineage.content_hash(plain)
+    (plain / "x").rename(plain / "y")
+    assert lineage.content_hash(plain) != before
+
+
+def test_a_dvc_process_above_is_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands under one process called dvc share a key; under two they do not."""
+    fake = tmp_path / "dvc"
+    code = "from pipeline.runtime.lineage import pipeline_key; print(pipeline_key()[0])"
+    ask = f"{sys.executable} -c '{code}'"
+    fake.write_text(
+        f"#!{sys.executable}\nimport subprocess\n" + f"subprocess.run({ask!r}, shell=True)\n" * 2
+    )
+    fake.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k != "METALOOM_PIPELINE_RUN"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    keys = [
+        subprocess.run(
+            [fake, "repro"], env=environment, capture_output=True, text=True, check=True
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    assert keys[0][0] == keys[0][1] and keys[1][0] == keys[1][1]
+    assert keys[0][0] != keys[1][0]
+
+
+def test_an_experiments_copy_belongs_to_the_main_tree(tmp_path: Path) -> None:
+    copy = tmp_path / ".dvc" / "tmp" / "exps" / "standard" / "x"
+    copy.mkdir(parents=True)
+    assert lineage.home(copy) == lineage.home(tmp_path) == tmp_path.resolve()
