@@ -110,7 +110,8 @@ def optimise(
             step = _gradient(program, params, state.progress.position, config, context)
             norm = _finite_norm(step, program, state)
             if _is_spike(norm, state, config):
-                state = rolled_back(snapshot, _check_rollbacks(state, norm, config))
+                bar.advance((snapshot.progress.step - state.progress.step) * per_step)
+                state = snapshot = rolled_back(snapshot, _check_rollbacks(state, norm, config))
                 continue
             state = _update(state, step, norm, config)
             if _is_due(state, config, config.validate_every):

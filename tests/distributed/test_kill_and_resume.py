@@ -73,7 +73,9 @@ def run_and_kill(job: MetaTrainJob, workers: int, at_step: int, rng: random.Rand
     return bool(failure)
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])])
+@pytest.mark.parametrize(
+    "kills", [6, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
+)
 def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(
     kills: int, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:
@@ -100,10 +102,14 @@ def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(
         assert digest(job) == digest(undisturbed)
         state = json.loads((job.target / "history.json").read_text())
         assert [entry["step"] for entry in state] == list(range(1, NUM_STEPS + 1))
-    print(f"kills: {len(campaign)}, hash differences: 0, most steps lost: "
-          f"{max(row['steps_lost'] for row in campaign)}; {campaign}")
+    print(
+        f"kills: {len(campaign)}, hash differences: 0, most steps lost: "
+        f"{max(row['steps_lost'] for row in campaign)}; {campaign}"
+    )
     for row in campaign:
-        assert row["progress_at_kill"] > row["started_at"], "a kill before any progress proves nothing"
+        assert row["progress_at_kill"] > row["started_at"], (
+            "a kill before any progress proves nothing"
+        )
         assert row["steps_lost"] <= CHECKPOINT_EVERY
 
 
