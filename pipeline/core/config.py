@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.core.errors import ConfigError
@@ -65,6 +64,8 @@ def parse_section(values: Any, model: type[S], *, where: str) -> S:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml  # here, because workers on bare machines get their configuration as JSON
+
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

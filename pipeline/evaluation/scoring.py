@@ -5,9 +5,9 @@ E episodes, S support rows, Q query rows, N ways, R distinct rows, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,33 @@ class EpisodeScores:
         return means
 
 
+class Features(NamedTuple):
+    """Pictures embedded once, for every set of episodes that uses them."""
+
+    rows: npt.NDArray[Any]
+    """[R] store rows, ascending."""
+    values: Tensor
+    """[R, D]"""
+
+
+def score_sets(
+    learner: Learner,
+    store: Store,
+    episodes: Mapping[str, FrozenEpisodes],
+    *,
+    context: Context = SINGLE,
+    advance: Callable[[int], None] | None = None,
+) -> dict[str, EpisodeScores]:
+    """`score` on several sets of episodes; where features are cached, all sets share them."""
+    features = None
+    if caches_features(learner):
+        features = embed_once(learner, store, episodes.values(), context)
+    return {
+        name: score(learner, store, one, context=context, features=features, advance=advance)
+        for name, one in episodes.items()
+    }
+
+
 def score(
     learner: Learner,
     store: Store,
@@ -55,6 +82,7 @@ def score(
     *,
     context: Context = SINGLE,
     cache_features: bool = True,
+    features: Features | None = None,
     advance: Callable[[int], None] | None = None,
 ) -> EpisodeScores:
     """Adapt to every support set, answer every query.
@@ -66,6 +94,7 @@ def score(
     Args:
         context: the workers that share the work; each gets the whole result.
         cache_features: False looks at the pictures of each episode anew, to check the cache.
+        features: of all the rows of these episodes, if they are at hand.
         advance: called with the number of episodes that this worker has just finished.
     """
     if learner.preprocessing.image_shape != store.image_shape:
@@ -75,8 +104,11 @@ def score(
         )
     own = share(len(episodes.support_rows), context.rank, context.world_size)
     cached = cache_features and caches_features(learner)
-    predict = _on_features if cached else _on_pictures
-    probabilities = predict(learner, store, episodes, context)
+    if cached:
+        features = features or embed_once(learner, store, [episodes], context)
+        probabilities = _on_features(learner, episodes, features)
+    else:
+        probabilities = _on_pictures(learner, store, episodes, context)
     parts = []
     for start in range(own.start, own.stop, _EPISODES_PER_CHUNK):
         chunk = range(start, min(start + _EPISODES_PER_CHUNK, own.stop))
@@ -97,15 +129,22 @@ def caches_features(learner: Learner) -> bool:
     return learner.algorithm.embeds_each_example and (fixed or plain)
 
 
+def embed_once(
+    learner: Learner, store: Store, episodes: Iterable[FrozenEpisodes], context: Context = SINGLE
+) -> Features:
+    """Features of every distinct picture of some sets of episodes."""
+    used = [rows.ravel() for one in episodes for rows in (one.support_rows, one.query_rows)]
+    rows = np.unique(np.concatenate(used))
+    return Features(rows, embed_rows(learner, store, rows, context))
+
+
 def _on_features(
-    learner: Learner, store: Store, episodes: FrozenEpisodes, context: Context
+    learner: Learner, episodes: FrozenEpisodes, features: Features
 ) -> Callable[[range], Tensor]:
     """Class probabilities [e, Q, N] of a chunk of episodes, from features embedded once."""
-    rows, positions = np.unique(
-        np.concatenate([episodes.support_rows, episodes.query_rows], axis=1), return_inverse=True
-    )
-    features_RD = embed_rows(learner, store, rows, context)
-    index = torch.as_tensor(positions.reshape(len(episodes.support_rows), -1))
+    wanted = np.concatenate([episodes.support_rows, episodes.query_rows], axis=1)
+    index = torch.as_tensor(np.searchsorted(features.rows, wanted))
+    features_RD = features.values
     labels = torch.as_tensor(episodes.support_labels.astype(np.int64))
     num_support = episodes.support_rows.shape[1]
     head = Model(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pipeline.core.types import Params
 from pipeline.engine.learner import Learner
 from pipeline.engine.population import population_statistics
-from pipeline.evaluation.scoring import score
+from pipeline.evaluation.scoring import score_sets
 from pipeline.runtime.context import Context
 from pipeline.store.reader import Store
 from pipeline.tasks.frozen import FrozenEpisodes
@@ -19,11 +19,8 @@ def validator(store: Store, episodes: dict[str, FrozenEpisodes], context: Contex
 
     def validate(learner: Learner, step: int) -> tuple[float, Learner]:
         ready = measured(learner, learner.params, store, context)
-        means = [
-            float(score(ready, store, one, context=context).accuracy.mean())
-            for one in episodes.values()
-        ]
-        return sum(means) / len(means), ready
+        scores = score_sets(ready, store, episodes, context=context).values()
+        return sum(float(one.accuracy.mean()) for one in scores) / len(scores), ready
 
     return validate
 

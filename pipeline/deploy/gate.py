@@ -1,0 +1,230 @@
+"""The release gate: a model is promoted on evidence, or not at all. Scores in, decision out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal, TypeAlias
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.core.config import Section
+from pipeline.evaluation.scoring import EpisodeScores
+from pipeline.evaluation.statistics import BootstrapInterval, class_bootstrap, mean_interval
+
+Scores: TypeAlias = Mapping[str, EpisodeScores]
+"""One learner's answers on the frozen test episodes, by setting ("5w1s")."""
+
+Accuracy: TypeAlias = Annotated[float, Field(ge=0, le=1)]
+
+Comparison: TypeAlias = Literal["beats_baseline", "beats_champion", "no_harm"]
+
+_GLYPH_FLOORS = {"5w1s": 0.97, "20w1s": 0.90}
+
+
+class GateConfig(Section):
+    """What a model must show before it may serve."""
+
+    floors: dict[str, dict[str, Accuracy]] = Field(default={"glyphs": _GLYPH_FLOORS})
+    """By domain and setting: the least that the lower end of the accuracy's 95 % interval may be.
+    A model of a domain without floors must beat the best baseline instead."""
+    primary: tuple[str, ...] = ("5w1s",)
+    """Settings in which a later model must be better than the champion; empty: in all of them."""
+    margin: Accuracy = 0.0
+    """The lower bound of the difference to the champion must lie above -margin. 0 asks for evidence
+    of a better model; a scheduled refresh on newer data may allow, say, 0.002."""
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    """Of the two-sided bootstrap interval: 0.95 lets an equal model through once in forty times."""
+    num_bootstrap: int = Field(default=10_000, ge=1000)
+    """Bootstrap draws over the test classes."""
+    seed: int = Field(default=0, ge=0)
+    """Of the bootstrap draws: the same scores give the same decision."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One requirement and how it came out."""
+
+    rule: Literal["finite", "floor", "beats_baseline", "comparable", "beats_champion", "no_harm"]
+    setting: str | None
+    value: float | None
+    """What was measured; must be above `limit`."""
+    limit: float | None
+    passed: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where a model version goes."""
+
+    verdict: Literal["champion", "challenger"]
+    already_champion: bool
+    """These weights serve already: nothing is to be done."""
+    reason: str
+    rules: tuple[Rule, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The record for release.json and the version's tags."""
+        return asdict(self) | {"rules": [asdict(rule) for rule in self.rules]}
+
+
+def decide(
+    config: GateConfig,
+    *,
+    domain: str,
+    challenger: Scores,
+    challenger_digest: str,
+    baselines: Mapping[str, Scores],
+    champion: Scores | None = None,
+    champion_digest: str | None = None,
+    champion_problem: str | None = None,
+) -> Decision:
+    """Judge a new model by its answers on the frozen test episodes.
+
+    The first model that meets the floors becomes the champion. A later one must also beat the
+    champion on the same episodes: the lower bound of the class-clustered bootstrap of the
+    difference lies above -margin in every primary setting, and in no other setting does its
+    upper bound lie below -margin.
+
+    Args:
+        challenger_digest: SHA-256 of the new weights.
+        baselines: scores by baseline name; used where the domain has no floors.
+        champion: scores of the present champion, `None` where there is no champion or where it
+            cannot be scored.
+        champion_digest: SHA-256 of the champion's weights, `None` if there is no champion.
+        champion_problem: why the champion cannot be scored on these episodes (other image shape,
+            other store, damaged), if so; promoting then needs a person.
+    """
+    if champion_digest is not None and champion_digest == challenger_digest:
+        return Decision("champion", True, "These weights are the champion already.", ())
+    rules = list(_finite(challenger))
+    rules += _floors(config, domain, challenger, baselines)
+    if champion_digest is not None or champion is not None:
+        rules += _against_champion(config, challenger, champion, champion_problem)
+    failed = [rule for rule in rules if not rule.passed]
+    if failed:
+        return Decision("challenger", False, " ".join(r.reason for r in failed), tuple(rules))
+    reason = "It meets every floor and is the first model."
+    if champion is not None:
+        reason = "It meets every floor and beats the champion on the same episodes."
+    return Decision("champion", False, reason, tuple(rules))
+
+
+def _finite(challenger: Scores) -> Iterable[Rule]:
+    for setting, scores in challenger.items():
+        share = float(np.isfinite(scores.confidence).mean())
+        reason = f"{setting}: {share:.2%} of the answers are finite numbers."
+        yield Rule("finite", setting, share, 1.0, share == 1.0, reason)
+
+
+def _floors(
+    config: GateConfig, domain: str, challenger: Scores, baselines: Mapping[str, Scores]
+) -> Iterable[Rule]:
+    if domain not in config.floors:
+        return [
+            _beats_baseline(config, s, challenger, baselines) for s in _primary(config, challenger)
+        ]
+    return [_floor(setting, limit, challenger) for setting, limit in config.floors[domain].items()]
+
+
+def _primary(config: GateConfig, challenger: Scores) -> tuple[str, ...]:
+    return config.primary or tuple(challenger)
+
+
+def _floor(setting: str, limit: float, challenger: Scores) -> Rule:
+    if setting not in challenger:
+        reason = (
+            f"{setting}: has a floor and was not evaluated; add it to sample_tasks, or drop "
+            "the floor."
+        )
+        return Rule("floor", setting, None, limit, False, reason)
+    value = mean_interval(challenger[setting].accuracy).lower
+    passed = value >= limit
+    reason = f"{setting}: accuracy is at least {value:.4f}, the floor is {limit:.4f}."
+    return Rule("floor", setting, value, limit, passed, reason)
+
+
+def _beats_baseline(
+    config: GateConfig, setting: str, challenger: Scores, baselines: Mapping[str, Scores]
+) -> Rule:
+    known = {name: scores[setting] for name, scores in baselines.items() if setting in scores}
+    if setting not in challenger or not known:
+        reason = (
+            f"{setting}: the domain has no floors, and there is no baseline to beat; "
+            "give it floors."
+        )
+        return Rule("beats_baseline", setting, None, 0.0, False, reason)
+    name = max(sorted(known), key=lambda name: float(known[name].accuracy.mean()))
+    return _compare(config, "beats_baseline", setting, challenger[setting], known[name], name, 0.0)
+
+
+def _against_champion(
+    config: GateConfig, challenger: Scores, champion: Scores | None, problem: str | None
+) -> Iterable[Rule]:
+    if problem is None and champion is None:
+        problem = "it was not scored"
+    if problem is None and champion is not None:
+        problem = _different_episodes(challenger, champion)
+    if problem is not None or champion is None:
+        reason = (
+            f"The champion cannot be compared: {problem}. A person must promote "
+            "(`metaloom promote`)."
+        )
+        return [Rule("comparable", None, None, None, False, reason)]
+    rules = []
+    for setting in dict.fromkeys([*_primary(config, challenger), *challenger]):
+        if setting not in challenger:
+            reason = (
+                f"{setting}: is a primary setting of the gate and was not evaluated; add it to "
+                "sample_tasks."
+            )
+            rules.append(Rule("beats_champion", setting, None, None, False, reason))
+            continue
+        primary = setting in _primary(config, challenger)
+        kind: Comparison = "beats_champion" if primary else "no_harm"
+        pair = (challenger[setting], champion[setting])
+        rules.append(_compare(config, kind, setting, *pair, "the champion", -config.margin))
+    return rules
+
+
+def _different_episodes(challenger: Scores, champion: Scores) -> str | None:
+    """What differs between the episodes of two learners, or None."""
+    for setting, scores in challenger.items():
+        if setting not in champion:
+            return f"it was not scored on {setting}"
+        if not np.array_equal(scores.query_class, champion[setting].query_class):
+            return f"it was scored on other episodes of {setting}"
+    return None
+
+
+def _compare(
+    config: GateConfig,
+    kind: Comparison,
+    setting: str,
+    ours: EpisodeScores,
+    theirs: EpisodeScores,
+    name: str,
+    limit: float,
+) -> Rule:
+    bounds = _bootstrap(config, ours, theirs)
+    value = bounds.upper if kind == "no_harm" else bounds.lower
+    passed = value >= limit if kind == "no_harm" else value > limit
+    end = "at most" if kind == "no_harm" else "at least"
+    reason = (
+        f"{setting}: against {name} the accuracy differs by {bounds.difference:+.4f}, {end} "
+        f"{value:+.4f} over {bounds.num_classes} resampled classes; the limit is {limit:+.4f}."
+    )
+    return Rule(kind, setting, value, limit, passed, reason)
+
+
+def _bootstrap(config: GateConfig, ours: EpisodeScores, theirs: EpisodeScores) -> BootstrapInterval:
+    return class_bootstrap(
+        ours.query_class,
+        ours.predicted_class,
+        theirs.predicted_class,
+        num_draws=config.num_bootstrap,
+        confidence=config.confidence,
+        seed=config.seed,
+    )
