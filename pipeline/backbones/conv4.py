@@ -43,5 +43,6 @@ class Conv4(nn.Module):
         collected: Statistics = {}
         x = x.contiguous(memory_format=torch.channels_last)  # 1.5x on CPUs
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = F.max_pool2d(F.relu(norm(conv(x), statistics, collected, keep)), 2)
+            # The maximum of a ReLU is the ReLU of the maximum, on a quarter of the numbers.
+            x = F.relu(F.max_pool2d(norm(conv(x), statistics, collected, keep), 2))
         return x.flatten(1), collected

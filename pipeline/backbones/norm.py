@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.core.types import Statistics
@@ -29,7 +30,10 @@ class BatchNorm(nn.Module):
     ) -> Tensor:
         """Normalise by given statistics, or by the batch's own, which go into `collected`."""
         if statistics is not None:
-            return self._affine(x, statistics[f"{self.name}.mean"], statistics[f"{self.name}.var"])
+            mean, var = statistics[f"{self.name}.mean"], statistics[f"{self.name}.var"]
+            if mean.requires_grad:  # PyTorch's own takes given statistics for constants
+                return self._affine(x, mean, var)
+            return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, EPSILON)
         if keep:
             dims = [d for d in range(x.ndim) if d != 1]
             var, mean = torch.var_mean(x, dim=dims, correction=0)
