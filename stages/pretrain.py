@@ -20,7 +20,7 @@ def main() -> None:
     store = Path("data/store") / load_value("params.yaml", "preprocess.domain", str)
     tasks, target = Path("data/tasks"), Path("models/pretrained") / candidate
     inputs = {"store": store, "tasks": tasks}
-    with stage_run(f"pretrain@{candidate}", config, inputs=inputs, outputs=[target]) as run:
+    with stage_run("pretrain", config, inputs=inputs, outputs=[target]) as run:
         metrics = pretrain(
             config, candidate, store=store, tasks=tasks, target=target, journal=run.journal
         )

@@ -114,7 +114,9 @@ def test_what_is_predicted_is_what_was_trained() -> None:
     for algorithm in (MAML(num_inner_steps=2), ProtoNet(batch_norm="inductive_support")):
         model, params = small_model(algorithm)
         task = small_task()
-        loss, _ = algorithm.task_loss(model, {n: p.requires_grad_() for n, p in params.items()}, task)
+        loss, _ = algorithm.task_loss(
+            model, {n: p.requires_grad_() for n, p in params.items()}, task
+        )
         adapted = algorithm.adapt(model, params, task.support_x, task.support_y, task.num_ways)
         logits = algorithm.predict(model, params, adapted, task.query_x)
         assert F.cross_entropy(logits, task.query_y).item() == pytest.approx(loss.item(), rel=1e-9)

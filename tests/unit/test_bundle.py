@@ -21,13 +21,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.unit.tiny_learner import NUMBERS, SHAPE, base64_png, picture, save, tiny_bundle, tiny_learner
 
 from pipeline.core.errors import ArtefactError, DataError
 from pipeline.core.files import MANIFEST, canonical_json, new_folder, read_json, write_json
 from pipeline.deploy.bundle import CARD, EVIDENCE, FILES, load_bundle, make_bundle
 from pipeline.deploy.request import MAX_QUERIES, EpisodeRequest, answer, parse_request
 from pipeline.engine.learner import DESCRIPTION, WEIGHTS
+from tests.unit.tiny_learner import (
+    NUMBERS,
+    SHAPE,
+    base64_png,
+    picture,
+    save,
+    tiny_bundle,
+    tiny_learner,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_MUTATIONS = 1000
@@ -380,5 +388,5 @@ def test_pictures_of_any_size_and_a_data_url_are_taken() -> None:
 def test_the_card_is_part_of_what_is_sealed(tmp_path: Path) -> None:
     bundle = tiny_bundle(tmp_path)
     (bundle.folder / CARD).write_text("# Much better\n")
-    with pytest.raises(ArtefactError, match="altered|size"):
+    with pytest.raises(ArtefactError, match=r"altered|size"):
         load_bundle(bundle.folder)

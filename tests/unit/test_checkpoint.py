@@ -40,7 +40,9 @@ def test_the_newest_is_restored_exactly_and_two_are_kept(tmp_path: Path) -> None
 def mutate(folder: Path, rng: random.Random) -> str:
     """Damage one file of a checkpoint in one of many ways; returns what was done."""
     path = rng.choice(sorted(p for p in folder.iterdir()))
-    kind = rng.choice(["flip", "flip", "flip", "truncate", "append", "delete", "swap", "extra", "link"])
+    kind = rng.choice(
+        ["flip", "flip", "flip", "truncate", "append", "delete", "swap", "extra", "link"]
+    )
     content = bytearray(path.read_bytes())
     if kind == "flip":
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -119,7 +121,9 @@ def kill_writers(folder: Path, kills: int) -> list[int]:
     step = 0
     for _ in range(kills):
         with subprocess.Popen(
-            [sys.executable, "-c", WRITER, str(folder), str(step)], stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", WRITER, str(folder), str(step)],
+            stdout=subprocess.PIPE,
+            text=True,
         ) as writer:
             assert writer.stdout is not None
             first = int(writer.stdout.readline())
@@ -166,7 +170,9 @@ FULL_DISK = textwrap.dedent(
 
 
 @pytest.mark.parametrize("room", [0, 100, 100_000, 3_999_999])
-def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(tmp_path: Path, room: int) -> None:
+def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(
+    tmp_path: Path, room: int
+) -> None:
     """A file-size limit makes the kernel refuse the write in the middle, as a full disk does."""
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(tmp_path / "c"), str(room)],

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.tiny_learner import base64_png, picture, tiny_bundle
 
 from pipeline.core.errors import ArtefactError, RegistryError
 from pipeline.core.files import sha256_file
@@ -23,6 +22,7 @@ from pipeline.deploy.registry import (
     Version,
     requirements,
 )
+from tests.unit.tiny_learner import base64_png, picture, tiny_bundle
 
 EXAMPLE = [
     {

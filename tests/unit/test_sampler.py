@@ -66,7 +66,13 @@ def test_episodes_are_whole_and_disjoint(
     assert isinstance(ways, int)
     assert isinstance(shots, int)
     episodes = sample(
-        table, spec, ways=ways, shots=shots, seed=seed, stream=1, indices=np.arange(first, first + 4)
+        table,
+        spec,
+        ways=ways,
+        shots=shots,
+        seed=seed,
+        stream=1,
+        indices=np.arange(first, first + 4),
     )
     labels = blob_store.labels()
     for support, support_y, query, query_y, classes in zip(*episodes, strict=True):
@@ -116,7 +122,10 @@ def test_an_episode_depends_on_seed_and_index_alone(
 
 
 @given(
-    steps=st.integers(1, 5), groups=st.integers(1, 9), tasks=st.integers(1, 4), start=st.integers(0, 99)
+    steps=st.integers(1, 5),
+    groups=st.integers(1, 9),
+    tasks=st.integers(1, 4),
+    start=st.integers(0, 99),
 )
 def test_every_index_is_in_one_group_once(
     blob_store: Store, steps: int, groups: int, tasks: int, start: int
@@ -124,7 +133,10 @@ def test_every_index_is_in_one_group_once(
     spec = EpisodeSpec(ways=2, shots=1, queries=1)
     stream = train_stream(blob_store, spec, seed=0, num_groups=groups, tasks_per_group=tasks)
     seen = [
-        int(i) for p in range(start, start + steps) for g in range(groups) for i in stream.indices(p, g)
+        int(i)
+        for p in range(start, start + steps)
+        for g in range(groups)
+        for i in stream.indices(p, g)
     ]
     assert seen == list(range(start * groups * tasks, (start + steps) * groups * tasks))
 
@@ -147,11 +159,16 @@ def test_ranged_shapes_are_all_met() -> None:
     ("spec", "expected"),
     [
         (EpisodeSpec(ways=25), "a 25-way episode .* needs 25 such classes, the split has 24"),
-        (EpisodeSpec(ways=13, within_group=True), "needs 13 such classes, the largest group has 12"),
+        (
+            EpisodeSpec(ways=13, within_group=True),
+            "needs 13 such classes, the largest group has 12",
+        ),
         (EpisodeSpec(ways=2, queries=30), "needs 2 such classes, the split has 0"),
     ],
 )
-def test_an_impossible_episode_is_refused(blob_store: Store, spec: EpisodeSpec, expected: str) -> None:
+def test_an_impossible_episode_is_refused(
+    blob_store: Store, spec: EpisodeSpec, expected: str
+) -> None:
     table = class_table(blob_store, "train", min_examples=examples_needed(spec))
     with pytest.raises(TaskError, match=expected):
         sample(

@@ -60,5 +60,11 @@ def test_words_are_uniform() -> None:
 
 
 def test_derived_seeds_differ_by_path() -> None:
-    seeds = {derive_seed(0), derive_seed(1), derive_seed(0, 1), derive_seed(0, 2), derive_seed(0, 1, 2)}
+    seeds = {
+        derive_seed(0),
+        derive_seed(1),
+        derive_seed(0, 1),
+        derive_seed(0, 2),
+        derive_seed(0, 1, 2),
+    }
     assert len(seeds) == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,7 +61,7 @@ with stage_run({stage!r}, Config(), inputs=inputs, outputs=[Path({out!r})]) as r
     journal = Journal(run.journal)
     for step in range(300):
         journal.write(step, {{"loss": 1 / (step + 1)}})
-    run.log({{"accuracy": 0.75}})
+    run.log({{"accuracy": 0.75, "greek & coptic": 0.5}})
     Path({out!r}).write_text({stage!r})
     {body}
 """
@@ -99,7 +101,7 @@ def client(root: Path) -> Any:
 @pytest.fixture(scope="module")
 def first_pair(root: Path) -> list[subprocess.Popen[str]]:
     """Two stages of one pipeline that start at once on a machine without a database."""
-    names = ("preprocess", "sample_tasks")
+    names = ("preprocess", "pretrain@mlp")
     started = [start_stage(root, name, METALOOM_PIPELINE_RUN="pair") for name in names]
     for process in started:
         process.communicate(timeout=120)
@@ -116,10 +118,12 @@ def test_two_processes_make_one_new_database_and_share_one_parent(
 ) -> None:
     assert [process.returncode for process in first_pair] == [0, 0]
     children = runs(client, "tags.`metaloom.role` = 'stage' and tags.`metaloom.pipeline` = 'pair'")
-    assert {run.info.run_name for run in children} == {"preprocess", "sample_tasks"}
+    assert {run.info.run_name for run in children} == {"preprocess", "pretrain@mlp"}
     parents = {run.data.tags["mlflow.parentRunId"] for run in children}
     assert len(parents) == 1
-    assert {run.info.status for run in [*children, client.get_run(parents.pop())]} == {FINISHED}
+    parent = client.get_run(parents.pop())
+    assert {run.info.status for run in [*children, parent]} == {FINISHED}
+    assert parent.data.metrics.keys() >= {"preprocess.accuracy", "pretrain:mlp.loss"}
 
 
 def test_a_run_holds_params_points_inputs_and_tags(
@@ -132,11 +136,12 @@ def test_a_run_holds_params_points_inputs_and_tags(
         (i, 1 / (i + 1)) for i in range(300)
     ]
     assert run.data.metrics["accuracy"] == 0.75
+    assert run.data.metrics["greek : coptic"] == 0.5
     (found,) = run.inputs.dataset_inputs
     assert found.dataset.name == "pictures"
     assert json.loads(found.dataset.source)["sha256"] == lineage.content_hash(root / "in.txt")
     assert run.data.tags["output.preprocess.txt"] == lineage.content_hash(root / "preprocess.txt")
-    assert run.data.tags["code.hash"] == lineage.code_hash(REPOSITORY)
+    assert re.fullmatch("[0-9a-f]{64}", run.data.tags["code.hash"])
     assert run.data.tags.keys() >= {"git.commit", "git.dirty", "dvc.lock"}
     assert not list(
         (root / ".metaloom/journal").glob(f"preprocess-{run.data.tags['metaloom.key'][:12]}*")
@@ -195,17 +200,43 @@ def test_restored_stages_are_linked_and_stale_runs_closed(
     made = lineage.content_hash(root / "preprocess.txt")
     outputs = {
         "preprocess": {"preprocess.txt": str(made)},
-        "sample_tasks": {"sample_tasks.txt": "0" * 64},
+        "pretrain@mlp": {"pretrain@mlp.txt": "0" * 64},
         "deploy": {"release.json": "0" * 64},
     }
     links = tracker.link(ids, outputs)
     (maker,) = runs(client, "tags.`metaloom.stage` = 'preprocess'")
-    assert links == {"preprocess": maker.info.run_id, "sample_tasks": "unknown"}
+    assert links == {"preprocess": maker.info.run_id, "pretrain@mlp": "unknown"}
     parent = client.get_run(ids.parent)
     assert parent.data.tags["restored.preprocess"] == maker.info.run_id
     assert client.get_run(maker.info.run_id).data.tags[f"reused_by.{ids.parent}"] == "preprocess"
     tracker.finish(ids, FINISHED, {})
     assert client.get_run(ids.parent).info.status == FINISHED
+
+
+def test_the_twin_links_as_mlflow_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix stage of which one item ran here and one was restored; one stage never seen."""
+    from pipeline.runtime.mlflow_tracker import MlflowTracker
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    found = []
+    for tracker in (MemoryTracker(), MlflowTracker(tmp_path)):
+        links = {}
+        for pipeline, items in (("old", ("a", "b")), ("new", ("b",))):
+            for item in items:
+                ids = tracker.start(RunStart("pretrain", f"{pipeline}-{item}", pipeline=pipeline))
+                tracker.finish(ids, FINISHED, {f"output.models/{item}": f"hash-{pipeline}-{item}"})
+                links[ids.child] = f"{pipeline}-{item}"
+        ids = tracker.start(RunStart("deploy", "deploy", pipeline="new"))
+        outputs = {
+            "pretrain@a": {"models/a": "hash-old-a"},
+            "pretrain@b": {"models/b": "hash-new-b"},
+            "evaluate": {"results": "hash"},
+            "deploy": {},
+        }
+        makers = tracker.link(ids, outputs)
+        tracker.finish(ids, FINISHED, {})
+        found.append({stage: links.get(maker, maker) for stage, maker in makers.items()})
+    assert found[0] == found[1] == {"pretrain@a": "old-a", "evaluate": "unknown"}
 
 
 class Flaky(MemoryTracker):
@@ -285,6 +316,30 @@ def test_a_dead_server_is_said_once_and_given_up_within_the_bound(
     assert not complete
     assert len(warnings) == 1 and "the stage goes on" in warnings[0]
     assert time.monotonic() - began < 20
+
+
+def test_a_run_is_closed_even_if_its_points_are_refused(tmp_path: Path) -> None:
+    class Refusing(MemoryTracker):
+        def log(self, ids: RunIds, points: Sequence[Point]) -> None:
+            raise ValueError("not this metric")
+
+    journal, tracker = tmp_path / "points.jsonl", Refusing()
+    Journal(journal).write(0, {"loss": 1.0})
+    events: queue.Queue[Any] = queue.Queue()
+    events.put({"event": "start", "run": {"stage": "s", "key": "k", "inputs": []}})
+    events.put({"event": "end", "status": FAILED, "tags": {}})
+    warnings: list[str] = []
+    complete = record(
+        Recorder(lambda: tracker, journal),
+        events,
+        on_start=lambda ids: None,
+        stage_lives=lambda: True,
+        warn=warnings.append,
+        patience=Patience(first_backoff=0.05, silent_server=0.2),
+    )
+    assert not complete and "not this metric" in warnings[0]
+    status, tags = tracker.finished["k"]
+    assert status == FAILED and "metaloom.incomplete" in tags
 
 
 def test_code_that_changes_meanwhile_is_refused(
@@ -380,3 +435,83 @@ def test_an_experiments_copy_belongs_to_the_main_tree(tmp_path: Path) -> None:
     copy = tmp_path / ".dvc" / "tmp" / "exps" / "standard" / "x"
     copy.mkdir(parents=True)
     assert lineage.home(copy) == lineage.home(tmp_path) == tmp_path.resolve()
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("", "sqlite:///mlflow.db"),
+        ("sqlite:///runs/mlflow.db", "sqlite:///runs/mlflow.db"),
+        ("https://me:secret@host:5000/mlflow", "https://host:5000/mlflow"),
+        ("postgresql://me:secret@host/db", "postgresql://host/db"),
+    ],
+)
+def test_a_server_is_shown_without_password_or_this_machines_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str, shown: str
+) -> None:
+    from pipeline.runtime.mlflow_tracker import shown_uri
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert shown_uri(tmp_path) == shown
+
+
+CHOICES = {"MLFLOW_TRACKING_URI", "METALOOM_PIPELINE_RUN", "METALOOM_TRACKING"}
+
+DVC_STAGE = """
+import sys
+from pathlib import Path
+from pipeline.runtime.tracking import stage_run
+from tests.unit.test_tracking import Config
+
+name, = sys.argv[1:]
+with stage_run(name, Config(), outputs=[Path(f"{name}.txt")]) as run:
+    if name == "last":
+        run.link_restored()
+    Path(f"{name}.txt").write_text(name + Path("params.yaml").read_text())
+"""
+
+
+def test_what_dvc_restores_is_linked_to_the_run_that_made_it(tmp_path: Path) -> None:
+    """Real `dvc repro`, three times: parameter 1, parameter 2, and 1 again from the run-cache."""
+    command = f"{sys.executable} stage.py"
+    stages = {
+        "first": {"cmd": f"{command} first", "params": ["p"], "outs": ["first.txt"]},
+        "last": {"cmd": f"{command} last", "deps": ["first.txt"], "outs": ["last.txt"]},
+    }
+    # Like deploy, whose effect is outside DVC: it is never restored.
+    stages["last"]["always_changed"] = True  # type: ignore[assignment]
+    (tmp_path / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    (tmp_path / "stage.py").write_text(DVC_STAGE)
+    git(tmp_path, "init")
+    environment = {
+        **{k: v for k, v in os.environ.items() if k not in CHOICES},
+        "PYTHONPATH": str(REPOSITORY),
+        "DVC_NO_ANALYTICS": "1",
+    }
+    dvc = [sys.executable, "-m", "dvc"]
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [*dvc, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("init", "--quiet")
+    for value in (1, 2, 1):
+        (tmp_path / "params.yaml").write_text(f"p: {value}\n")
+        printed = run("repro")
+    assert "is cached" in printed or "restored" in printed.lower()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        from pipeline.runtime.mlflow_tracker import connect
+
+        client = connect(tmp_path)
+    parents = runs(client, "tags.`metaloom.role` = 'pipeline'")
+    children = runs(client, "tags.`metaloom.stage` = 'first'")
+    assert (len(parents), len(children)) == (3, 2)
+    newest, _, oldest = parents
+    (maker,) = [r for r in children if r.data.tags["mlflow.parentRunId"] == oldest.info.run_id]
+    assert newest.data.tags["restored.first"] == maker.info.run_id
+    assert "restored.first" not in oldest.data.tags
+    assert {parent.info.status for parent in parents} == {FINISHED}
