@@ -89,6 +89,8 @@ class Plan:
     """Correlation from which two of the domain's pictures count as the same."""
     conflicts: tuple[str, ...] = ()
     """Sentences about classes found in several splits; `strict` refuses them."""
+    rotation: str = "none"
+    """The rule by which turned copies became classes of their own: part of a number's protocol."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else the report should say, e.g. versions of the typefaces."""
 

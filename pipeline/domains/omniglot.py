@@ -96,10 +96,8 @@ class Omniglot:
             (),
             dropped_classes=merge({FEW: rare, "in no split list": sorted(set(unused))}),
             similarity=DRAWINGS_ALIKE,
-            facts={
-                "split": "lake" if self.config.split_dir is None else "lists",
-                "rotations": self.config.rotations,
-            },
+            rotation=self.config.rotations,
+            facts={"split": "lake" if self.config.split_dir is None else "lists"},
         )
         return make_plan(kept, notes, self.frame)
 

@@ -10,7 +10,6 @@ from pipeline.core.config import Section
 from pipeline.core.errors import ConfigError
 from pipeline.runtime.context import default_num_workers
 
-
 LOST_PEER = 5
 """Exit status of a worker whose peer went away: the peer has the story, not this one."""
 

@@ -17,7 +17,6 @@ from pipeline.core.files import write_json
 from pipeline.launch.base import LOST_PEER
 from pipeline.runtime.context import worker_context
 
-
 _PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
 
 

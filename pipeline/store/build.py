@@ -135,7 +135,7 @@ def build_store(
         similarity = config.duplicates.similarity or plan.similarity
         _drop_unusable(pictures, config, report, similarity)
         members = [rows for rows in pictures.members() if len(rows)]
-        content = _content(config.domain, pictures, members)
+        content = _content(config.domain, plan.rotation, pictures, members)
         summary = report.summary(config.domain, content.classes)
         write_store(target, content, rows_per_shard=config.rows_per_shard, report=summary)
     return summary
@@ -303,7 +303,7 @@ def _living(pictures: _Pictures) -> list[int]:
     return [int(c) for c in np.unique(pictures.class_of[pictures.alive])]
 
 
-def _content(domain: str, pictures: _Pictures, members: list[Ints]) -> StoreContent:
+def _content(domain: str, rotation: str, pictures: _Pictures, members: list[Ints]) -> StoreContent:
     classes = []
     offset = 0
     for rows in members:
@@ -312,7 +312,7 @@ def _content(domain: str, pictures: _Pictures, members: list[Ints]) -> StoreCont
         offset += len(rows)
     order = np.concatenate(members)
     names = [pictures.examples[row].name for row in order.tolist()]
-    return StoreContent(domain, tuple(classes), pictures.pixels, order, names)
+    return StoreContent(domain, tuple(classes), pictures.pixels, order, names, rotation)
 
 
 def _strict_error(conflicts: list[str]) -> DataError:

@@ -46,6 +46,8 @@ class Store:
     """Mean of each channel over the training rows, in [0, 1]."""
     std: list[float]
     num_rows: int
+    rotation: str
+    """The rule by which turned copies became classes: none, train_only or all."""
     digest: str
     """SHA-256 over the header and the shards' hashes: the same digest, the same content."""
     _images: tuple[Pixels, ...] = field(repr=False)
@@ -122,6 +124,7 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> Store:
         mean=list(manifest["statistics"]["mean"]),
         std=list(manifest["statistics"]["std"]),
         num_rows=manifest["num_rows"],
+        rotation=manifest["rotation"],
         digest=digest,
         _images=tuple(t.column("image").to_numpy_ndarray() for t in tables),
         _names=tuple(t.column("name") for t in tables),

@@ -29,6 +29,8 @@ class StoreContent:
     order: npt.NDArray[np.int64]
     names: Sequence[str]
     """One per row."""
+    rotation: str = "none"
+    """The rule by which turned copies became classes."""
 
 
 def write_store(
@@ -44,6 +46,7 @@ def write_store(
     header = {
         "schema_version": SCHEMA_VERSION,
         "domain": content.domain,
+        "rotation": content.rotation,
         "image_shape": list(content.pixels.shape[1:]),
         "num_rows": num_rows,
         "rows_per_shard": rows_per_shard,

@@ -89,7 +89,7 @@ def draw_frozen(
         "shots": shots,
         "queries": spec.queries,
         "within_group": spec.within_group,
-        "rotation": "none",
+        "rotation": store.rotation,
         "episodes": spec.episodes,
         "seed": seed,
     }

@@ -85,7 +85,9 @@ def test_the_schema_is_the_one_of_the_code() -> None:
 
 def test_typefaces_are_pinned_where_they_are_installed() -> None:
     pins = dict(
-        line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().split() if "==" in line
+        line.split("==")
+        for line in (REPOSITORY / "constraints.txt").read_text().split()
+        if "==" in line
     )
     for package, wanted in PARAMS["preprocess"]["glyphs"]["packages"].items():
         assert pins[package] == str(wanted) == version(package)
@@ -112,9 +114,7 @@ def test_heavy_libraries_live_in_one_place() -> None:
     assert imports_of(graph, "dvc") == set()
     assert not imports_of(graph, "pickle")
     text = "".join(
-        p.read_text()
-        for p in (REPOSITORY / "pipeline").rglob("*.py")
-        if p.parent.name != "runtime"
+        p.read_text() for p in (REPOSITORY / "pipeline").rglob("*.py") if p.parent.name != "runtime"
     )
     assert "torch.distributed" not in text
 

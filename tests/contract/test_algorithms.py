@@ -71,7 +71,9 @@ def split(ways: int, shots: int, queries: int) -> tuple[torch.Tensor, ...]:
 
 @every
 @pytest.mark.parametrize(("ways", "shots"), [(2, 1), (3, 5), (5, 2)])
-def test_it_learns_separable_classes(name: str, algorithm: Algorithm, ways: int, shots: int) -> None:
+def test_it_learns_separable_classes(
+    name: str, algorithm: Algorithm, ways: int, shots: int
+) -> None:
     support, support_y, query, query_y = split(ways, shots, 6)
     one = learner(algorithm)
     probabilities = one.predict(one.adapt(support, support_y, ways), query)

@@ -87,7 +87,10 @@ def test_conv4_is_the_network_of_the_papers() -> None:
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        (BackboneSpec(name="vgg", settings={}, image_shape=(1, 28, 28)), "no backbone 'vgg'.*conv4"),
+        (
+            BackboneSpec(name="vgg", settings={}, image_shape=(1, 28, 28)),
+            "no backbone 'vgg'.*conv4",
+        ),
         (
             BackboneSpec(name="conv4", settings={"depth": 3}, image_shape=(1, 28, 28)),
             "depth: unknown key. Known keys: width",

@@ -39,7 +39,11 @@ SLICE: dict[str, Any] = {
 def environment(folder: Path) -> dict[str, str]:
     """As on a user's machine: the clone's code, its own registry, no telemetry."""
     return {
-        **{k: v for k, v in os.environ.items() if not k.startswith(("METALOOM_", "MLFLOW_", "DVC_"))},
+        **{
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("METALOOM_", "MLFLOW_", "DVC_"))
+        },
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(folder),
         "DVC_NO_ANALYTICS": "1",

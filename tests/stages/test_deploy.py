@@ -35,7 +35,8 @@ from pipeline.deploy.registry import (
 )
 from pipeline.deploy.release import DeployConfig, Sources, deploy, prepare, refuse_failed_smoke
 from pipeline.engine.learner import Learner, Preprocessing, save_learner
-from pipeline.evaluation.evaluate import EvaluateConfig, run_evaluation
+from pipeline.evaluation.evaluate import EvaluateConfig, EvaluateJob, run
+from pipeline.runtime.context import SINGLE
 from pipeline.runtime.lineage import content_hash
 from pipeline.store.reader import Store, open_store
 
@@ -70,14 +71,20 @@ def train_and_evaluate(root: Path, units: int) -> None:
     put(root / "models/meta", learner)
     features = replace(learner, origin={})
     put(root / "models/pretrained/mlp", features.with_algorithm(NearestCentroid()))
-    run_evaluation(
-        EvaluateConfig(baselines=("pixels",)),
-        root / "models/meta",
-        root / "models/pretrained/mlp",
-        root / "data/tasks",
-        root / "data/store/blobs",
-        root / "results/evaluate",
+    evaluate(root, root / "models/meta", root / "results/evaluate")
+
+
+def evaluate(root: Path, learner: Path, target: Path) -> None:
+    """As the evaluate stage does, in this process."""
+    job = EvaluateJob(
+        config=EvaluateConfig(baselines=("pixels",)),
+        learner=learner,
+        pretrained=root / "models/pretrained/mlp",
+        tasks=root / "data/tasks",
+        store=root / "data/store/blobs",
+        target=target,
     )
+    run(job, SINGLE)
 
 
 @pytest.fixture(scope="module")
@@ -218,14 +225,7 @@ def test_without_floors_the_best_baseline_must_be_beaten(project: Path, tmp_path
     learner = pixel_learner(build_learner(open_store(project / "data/store/blobs"), 8))
     put(tmp_path / "meta", replace(learner, origin={"pretrained": "mlp"}))
     target = tmp_path / "evaluate"
-    run_evaluation(
-        EvaluateConfig(baselines=("pixels",)),
-        tmp_path / "meta",
-        project / "models/pretrained/mlp",
-        project / "data/tasks",
-        project / "data/store/blobs",
-        target,
-    )
+    evaluate(project, tmp_path / "meta", target)
     sources = replace(Sources(), learner=tmp_path / "meta", evaluation=target / "metrics.json")
     config = load_section(project / "params.yaml", "deploy", DeployConfig)
     gate = config.gate.model_copy(update={"floors": {}})

@@ -1,0 +1,118 @@
+"""A bundle: the folder that is served. Weights, description, evidence, card; nothing that runs."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from pipeline.core.errors import ArtefactError, PipelineError
+from pipeline.core.files import MANIFEST, canonical_json, new_folder, read_json, sha256_file, verify
+from pipeline.engine.learner import DESCRIPTION, WEIGHTS, Learner, load_learner
+
+FORMAT_VERSION = 1
+EVIDENCE, CARD = "evaluation.json", "card.md"
+FILES = frozenset({WEIGHTS, DESCRIPTION, EVIDENCE, CARD})
+_HEADER = {"kind": "metaloom bundle", "format_version": FORMAT_VERSION}
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: every byte of it has been verified."""
+
+    folder: Path
+    learner: Learner
+    domain: str
+    evaluation: dict[str, Any]
+    """Measured numbers with their protocols, by setting ("5w1s")."""
+    card: str
+    digest: str
+    """SHA-256 of the manifest, which vouches for everything else."""
+    weights_digest: str
+
+
+def make_bundle(
+    target: Path, learner_folder: Path, evaluation: dict[str, Any], *, domain: str, card: str
+) -> Bundle:
+    """Gather a sealed learner and its measured numbers into a bundle.
+
+    The same learner and numbers give the same bytes, so the digest names the release.
+
+    Args:
+        evaluation: metrics by setting, as `evaluate` wrote them for this domain.
+        card: the model card, Markdown.
+    """
+    verify(learner_folder)
+    with new_folder(target, **_HEADER) as folder:
+        for name in (WEIGHTS, DESCRIPTION):
+            shutil.copyfile(learner_folder / name, folder / name)
+        evidence = {"domain": domain, "settings": evaluation}
+        (folder / EVIDENCE).write_text(canonical_json(evidence), encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
+    return load_bundle(target)
+
+
+def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
+    """Open a bundle: everything is verified before anything is parsed, and nothing is executed.
+
+    Args:
+        digest: what the manifest's SHA-256 must be, where a registry has recorded it.
+
+    Raises:
+        ArtefactError: a byte differs, a file is missing, extra or a link, it is not the recorded
+            bundle, or no bundle that this version can open.
+    """
+    _check_manifest(folder)
+    found = sha256_file(folder / MANIFEST)
+    if digest is not None and found != digest:
+        raise ArtefactError(
+            f"{folder} is not the bundle that was registered: its digest is {found[:12]}…, and the "
+            f"registry recorded {digest[:12]}…. Do not serve it; register the model again."
+        )
+    try:
+        learner = load_learner(folder)
+        evidence = read_json(folder / EVIDENCE)
+        return Bundle(
+            folder=folder,
+            learner=learner,
+            domain=str(evidence["domain"]),
+            evaluation=dict(evidence["settings"]),
+            card=(folder / CARD).read_text(encoding="utf-8"),
+            digest=found,
+            weights_digest=sha256_file(folder / WEIGHTS),
+        )
+    except PipelineError:
+        raise
+    except (
+        SafetensorError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ) as error:
+        raise ArtefactError(
+            f"{folder} is sealed and yet no bundle: {type(error).__name__}: {error}. "
+            "Make it again (`dvc repro`)."
+        ) from None
+
+
+def _check_manifest(folder: Path) -> None:
+    """Everything is as it was sealed, it is a bundle of our format, and nothing is beside it."""
+    manifest = verify(folder)
+    files = set(manifest.pop("files"))
+    if files != FILES:
+        raise ArtefactError(
+            f"{folder} is no bundle: it must hold exactly {sorted(FILES)}; "
+            f"missing {sorted(FILES - files)}, extra {sorted(files - FILES)}."
+        )
+    if manifest != _HEADER:
+        raise ArtefactError(
+            f"{folder} is no bundle of format {FORMAT_VERSION}: its manifest says {manifest}. "
+            "Use the version that made it, or make it again (`dvc repro`)."
+        )
+    if extra := [p for p in folder.iterdir() if p.name not in FILES | {MANIFEST}]:
+        raise ArtefactError(f"{folder} holds what no bundle holds: {extra[0].name!r}. Remove it.")
