@@ -1,3 +1,3 @@
-"""Metaloom: from labelled examples to a served model that learns new classes from a handful of them."""
+"""Metaloom: labelled examples in, a served model that learns new classes from a handful out."""
 
 __version__ = "0.1.0"

@@ -154,8 +154,14 @@ def verify(folder: Path) -> dict[str, Any]:
         raise ArtefactError(
             f"{folder} holds files that its manifest does not know: {extra[:5]}. Remove them."
         )
-    for name, entry in sorted(files.items()):
-        _verify_file(folder, name, entry, present)
+    try:
+        for name, entry in sorted(files.items()):
+            _verify_file(folder, name, entry, present)
+    except FileNotFoundError as error:
+        raise ArtefactError(
+            f"{error.filename} went away while it was read: another process replaces {folder}. "
+            "Wait for it, then run the same command again."
+        ) from None
     return manifest
 
 

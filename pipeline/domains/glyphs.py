@@ -60,8 +60,11 @@ class GlyphsConfig(Section):
     """Scripts that only the test split holds."""
     val_share: float = Field(default=0.15, gt=0, lt=1)
     """Share of the training scripts' characters that is held out for validation."""
-    em_share: PositiveFloat = 0.7
-    """Type size (em) as a share of the picture's height."""
+    max_marks: int = Field(default=1, ge=0)
+    """Diacritics that a letter may carry. Letters that differ in one of several (as in polytonic
+    Greek) differ in two or three pixels at 28x28."""
+    em_share: PositiveFloat = 0.95
+    """Type size (em) as a share of the picture's height; what does not fit is shrunk."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,9 @@ class Glyphs:
         for letters in characters.values():
             for letter in letters:
                 counts[letter] += 1
-        rare = sorted(c for c, count in counts.items() if count < self.frame.min_examples)
-        splits = self._splits(sorted(set(counts) - set(rare)))
+        marked = sorted(c for c in counts if _num_marks(c) > self.config.max_marks)
+        rare = sorted(c for c in set(counts) - set(marked) if counts[c] < self.frame.min_examples)
+        splits = self._splits(sorted(set(counts) - set(rare) - set(marked)))
         examples: list[Example] = []
         jobs: list[Job] = []
         for path, letters in characters.items():
@@ -90,7 +94,10 @@ class Glyphs:
         return Plan(
             tuple(examples),
             tuple(jobs),
-            dropped_classes={"fewer examples than the minimum": tuple(map(_class_name, rare))},
+            dropped_classes={
+                "fewer examples than the minimum": tuple(map(_class_name, rare)),
+                "more diacritics than max_marks": tuple(map(_class_name, marked)),
+            },
             similarity=DRAWINGS_ALIKE,
             facts={"typefaces": len(files), "packages": self.config.packages, **_renderer()},
         )
@@ -136,6 +143,11 @@ class Glyphs:
         splits: dict[str, Split] = dict.fromkeys(characters, "test")
         splits.update({c: "val" if name in held else "train" for name, c in names.items()})
         return splits
+
+
+def _num_marks(character: str) -> int:
+    """Diacritics of a letter: what its canonical decomposition holds beside the base letter."""
+    return len(unicodedata.normalize("NFD", character)) - 1
 
 
 class _Pen:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import io
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from pipeline.evaluation.markup import Markup, tag
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 MAX_SIDE = 64
 """Larger pictures are reduced to this many pixels a side."""
@@ -25,6 +27,8 @@ def picture(pixels_CHW: npt.NDArray[Any], alt: str) -> Markup:
 
 def encode(pixels_CHW: npt.NDArray[Any]) -> tuple[str, bytes]:
     """Media type and bytes: PNG for one channel, which line art needs; JPEG for more."""
+    from PIL import Image
+
     image = _image(pixels_CHW)
     if max(image.size) > MAX_SIDE:
         image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
@@ -36,7 +40,9 @@ def encode(pixels_CHW: npt.NDArray[Any]) -> tuple[str, bytes]:
     return "image/jpeg", buffer.getvalue()
 
 
-def _image(pixels_CHW: npt.NDArray[Any]) -> Image.Image:
+def _image(pixels_CHW: npt.NDArray[Any]) -> Picture:
+    from PIL import Image
+
     channels = pixels_CHW.shape[0]
     if channels == 1:
         return Image.fromarray(np.ascontiguousarray(pixels_CHW[0]), "L")

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline.core.files import MANIFEST, sha256_bytes, sha256_file
 
 CODE_FOLDERS = ("pipeline", "stages")
@@ -80,6 +78,8 @@ def git_state(root: Path) -> GitState:
 
 def pipeline_outputs(root: Path) -> dict[str, list[str]]:
     """Every stage in dvc.lock with the paths that it wrote (a `matrix` stage keeps its `@`)."""
+    import yaml  # here, because workers on bare machines do without it
+
     try:
         lock = yaml.safe_load((root / "dvc.lock").read_text(encoding="utf-8"))
         stages = dict(lock["stages"])

@@ -23,7 +23,7 @@ class SampleTasksConfig(Section):
 
     seed: int = Field(default=0, ge=0)
     """Of all three streams, which never share random numbers."""
-    train: EpisodeSpec = EpisodeSpec(ways=20, shots=1, queries=5)
+    train: EpisodeSpec = EpisodeSpec(ways=40, shots=1, queries=2)
     """Shape of the training episodes."""
     val: FrozenSpec = FrozenSpec(ways=[5, 20], shots=[1], episodes=200)
     """Validation episodes, drawn once: every ways x shots combination."""

@@ -33,6 +33,7 @@ from pipeline.training.schedules import warmup_cosine
 from pipeline.training.state import (
     Best,
     TrainState,
+    extend_history,
     extend_ledger,
     flatten,
     fresh_state,
@@ -213,7 +214,7 @@ def _update(state: TrainState, step: _Step, norm: float, config: OuterConfig) ->
         at,
         step=at.step + 1,
         position=at.position + 1,
-        history=[*at.history, entry],
+        history=extend_history(at.history, entry, stride=max(1, config.num_steps // 1000)),
         ledger=extend_ledger(at.ledger, at.position),
         norms=[*at.norms, norm][-_SPIKE_WINDOW:],
     )

@@ -39,7 +39,7 @@ class Progress:
     stopped: str | None = None
     """Why training ended before its last step."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """{"step", "loss", "accuracy", "lr", "gradient_norm", "val_accuracy"?} per logged step"""
+    """{"step", "loss", "accuracy", "lr", "gradient_norm", "val_accuracy"?}; about 1,000 of them"""
     ledger: list[list[int]] = field(default_factory=list)
     """[first, last + 1] of meta-batches in the order in which they went into the weights"""
     skipped: list[list[int]] = field(default_factory=list)
@@ -113,6 +113,15 @@ def unflatten(vector: Tensor, like: Params) -> Params:
     names = sorted(like)
     pieces = torch.split(vector, [like[name].numel() for name in names])
     return {n: p.view(like[n].shape) for n, p in zip(names, pieces, strict=True)}
+
+
+def extend_history(
+    history: list[dict[str, Any]], entry: dict[str, Any], *, stride: int
+) -> list[dict[str, Any]]:
+    """The history with one more step; of the earlier ones, every `stride`-th and the validated."""
+    if history and history[-1]["step"] % stride and "val_accuracy" not in history[-1]:
+        history = history[:-1]
+    return [*history, entry]
 
 
 def extend_ledger(ledger: list[list[int]], position: int) -> list[list[int]]:

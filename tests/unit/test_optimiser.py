@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.training.adam import adam_step, zero_moments
 from pipeline.training.schedules import warmup_cosine
-from pipeline.training.state import extend_ledger, flatten, unflatten
+from pipeline.training.state import extend_history, extend_ledger, flatten, unflatten
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
@@ -53,6 +53,19 @@ def test_flattening_is_undone(shapes: list[list[int]]) -> None:
     back = unflatten(flatten(params), params)
     assert set(back) == set(params)
     assert all(torch.equal(back[n], params[n]) for n in params)
+
+
+@given(st.integers(1, 300), st.integers(1, 9), st.sets(st.integers(1, 300)))
+def test_the_history_keeps_the_strides_the_validated_and_the_last(
+    steps: int, stride: int, validated: set[int]
+) -> None:
+    history: list[dict[str, int]] = []
+    for step in range(1, steps + 1):
+        entry = {"step": step, **({"val_accuracy": 1} if step in validated else {})}
+        history = extend_history(history, entry, stride=stride)
+    kept = [e["step"] for e in history]
+    due = {s for s in range(1, steps + 1) if s % stride == 0 or s in validated or s == steps}
+    assert kept == sorted(due)
 
 
 @given(st.lists(st.integers(0, 30), unique=True).map(sorted))
