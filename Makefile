@@ -26,7 +26,7 @@ repro: $(STAMP)  ## from nothing to a promoted model: runs every stage that has 
 	metaloom release
 
 test: $(STAMP)  ## the whole test suite, apart from the long campaigns
-	python -m pytest -m 'not slow'
+	python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the long campaigns
 	python -m pytest -m slow

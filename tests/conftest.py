@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,16 @@ torch.set_num_threads(1)  # as the workers do; the tests' own small tensors gain
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _SPLITS = {"train": 24, "val": 8, "test": 12}
+
+
+@pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    """What a library exports for its children (MLflow does) must not reach the next test."""
+    before = dict(os.environ)
+    yield
+    if dict(os.environ) != before:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def shared_data(name: str) -> Path:

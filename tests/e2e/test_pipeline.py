@@ -18,8 +18,8 @@ from tests.conftest import REPOSITORY
 pytestmark = pytest.mark.timeout(900)
 
 SLICE: dict[str, Any] = {
-    "preprocess.min_examples_per_class": 24,
-    "preprocess.glyphs.packages": ["font-roboto", "font-lato", "font-source-sans-pro"],
+    "preprocess.min_examples_per_class": 16,
+    "preprocess.glyphs.packages": ["font-roboto", "matplotlib"],
     "sample_tasks.train.ways": 5,
     "sample_tasks.val": {"ways": [5], "shots": [1], "queries": 5, "episodes": 30},
     "sample_tasks.test": {"ways": [3, 5], "shots": [1], "queries": 5, "episodes": 60},

@@ -15,7 +15,7 @@ from pipeline.cli import app
 from pipeline.doctor import PACKAGES, SECTIONS, Finding, examine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = {"doctor", "promote", "release", "report", "rollback", "serve", "ui"}
+COMMANDS = {"doctor", "promote", "release", "report", "rollback", "schema", "serve", "ui"}
 
 
 def metaloom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

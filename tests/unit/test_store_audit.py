@@ -113,7 +113,9 @@ def test_the_product_of_views_is_the_correlation(seed: int, channels: int, size:
         for picture in pixels
     ]
     view = views(pixels).astype(np.float64)
-    assert np.abs(view @ view.T / 2**22 - np.corrcoef(pooled)).max() < 2e-3
+    assert (
+        np.abs(view @ view.T / 2**22 - np.corrcoef(pooled)).max() < 4e-3
+    )  # rounding to whole numbers
     assert np.array_equal(views(pixels[2:]), views(pixels)[2:])
 
 
