@@ -18,6 +18,7 @@ import typer
 from pipeline.core.config import load_section, load_value
 from pipeline.core.errors import MachineError, RegistryError
 from pipeline.core.files import read_json
+from pipeline.evaluation.order import by_size
 from pipeline.runtime.logs import run_main
 
 RECORD = Path("results/deploy/release.json")
@@ -217,7 +218,7 @@ def _summary(record: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
     names = ", ".join(f"@{a}" for a, number in record["aliases"].items() if number == version)
     lines = [f"{record['model']} version {version}: {names or 'registered, serves under no alias'}"]
     lines += [f"  {line}" for line in _wrapped(decision["reason"])]
-    for setting, found in numbers.items():
+    for setting, found in by_size(numbers):
         others = ", ".join(
             f"{name} {other['accuracy']:.1%}" for name, other in found.get("baselines", {}).items()
         )

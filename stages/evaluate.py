@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.core.config import load_section, load_value
 from pipeline.engine.learner import load_learner
 from pipeline.evaluation.evaluate import REPORT, EvaluateConfig, run_evaluation
+from pipeline.evaluation.order import by_size
 from pipeline.runtime.logs import run_main
 from pipeline.runtime.tracking import stage_run
 
@@ -42,7 +43,7 @@ def print_table(settings: dict[str, Any]) -> None:
     """One line for each setting: the model, then its baselines."""
     names = list(next(iter(settings.values()))["baselines"])
     print("".join(f"{title:>16}" for title in ("test accuracy %", "model", *names, "chance")))
-    for setting, found in settings.items():
+    for setting, found in by_size(settings):
         learners = [found, *(found["baselines"][name] for name in names)]
         cells = [_cell(one["accuracy"], one["ci95"]) for one in learners]
         print("".join(f"{cell:>16}" for cell in (setting, *cells, f"{found['chance'] * 100:.1f}")))

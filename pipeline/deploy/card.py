@@ -7,6 +7,7 @@ from typing import Any
 
 from pipeline.deploy.request import MAX_QUERIES, MAX_SUPPORT, MAX_WAYS
 from pipeline.engine.learner import Learner
+from pipeline.evaluation.order import by_size
 from pipeline.store.reader import Store
 
 _LICENCES = {
@@ -46,7 +47,7 @@ def _measured(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
     baselines = sorted({b for numbers in evaluation.values() for b in numbers.get("baselines", {})})
     head = ["Setting", "Accuracy (95 %)", "Calibration error", *baselines, "Episodes"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    for setting, numbers in evaluation.items():
+    for setting, numbers in by_size(evaluation):
         others = [_percent(numbers.get("baselines", {}).get(b)) for b in baselines]
         error = numbers.get("ece")
         cells = [
