@@ -75,9 +75,9 @@ def doctor(as_json: AsJson = False) -> None:
 def release(as_json: AsJson = False) -> None:
     """Say what was released; register it if this machine's registry does not have it.
 
-    `dvc repro` restores a stage that has run before without running it. In a fresh clone the
-    deploy stage may therefore be restored although nothing was registered there. This asks the
-    registry and makes up for it; where the release is registered it changes nothing.
+    A record of a release can be here without the release being in the registry: another registry
+    was chosen since, or its database is gone. This asks the registry and makes up for it; where
+    the release is registered it changes nothing.
     """
     from pipeline.deploy.registry import Registry
     from pipeline.deploy.release import DeployConfig, Sources, deploy, refuse_failed_smoke

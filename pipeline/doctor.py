@@ -26,9 +26,12 @@ MIN_DISK_BYTES = 5 * 10**9
 MIN_MEMORY_BYTES = 4 * 10**9
 
 PACKAGES = {
-    "training": ("torch", "numpy", "pyarrow", "pydantic", "safetensors", "pillow", "typer", "rich"),
+    "training": (
+        *("torch", "numpy", "pyarrow", "pydantic", "safetensors", "pillow", "typer", "rich"),
+        "pyyaml",
+    ),
     "track": ("mlflow", "dvc", "psutil"),
-    "glyphs": ("matplotlib", "fonttools", "font-roboto"),
+    "glyphs": ("matplotlib", "fonttools"),
 }
 """By extra; `training` is what every installation has."""
 
@@ -60,6 +63,7 @@ def examine(root: Path) -> list[Finding]:
     checks: list[Callable[[Path], Iterator[Finding]]] = [
         _python,
         _packages,
+        _typefaces,
         _machine,
         _accelerator,
         _repository,
@@ -94,6 +98,19 @@ def _packages(root: Path) -> Iterator[Finding]:
         what = "metaloom" if extra == "training" else f"metaloom[{extra}]"
         mend = f"{', '.join(missing)} missing: pip install '{what}', or `make setup`."
         yield Finding(f"packages: {extra}", not missing, found or "none", mend if missing else "")
+
+
+def _typefaces(root: Path) -> Iterator[Finding]:
+    from pipeline.domains.glyphs import GlyphsConfig
+
+    wanted = GlyphsConfig().packages
+    versions = {name: _version(name) for name in wanted}
+    off = {name: version for name, version in versions.items() if version != wanted[name]}
+    problems = [f"{name} {version}" if version else f"no {name}" for name, version in off.items()]
+    right = f"{len(wanted) - len(off)} of {len(wanted)} packages as pinned"
+    needed = " ".join(f"{name}=={wanted[name]}" for name in off)
+    mend = f"pip install {needed}: the pictures hang on the exact versions." if off else ""
+    yield Finding("typefaces", not off, "; ".join([right, *problems]), mend)
 
 
 def _version(name: str) -> str | None:
@@ -178,8 +195,21 @@ def _params(root: Path) -> Iterator[Finding]:
             problems.append(str(error))
         except ImportError as error:
             problems.append(f"{name}: cannot be checked ({error})")
+    problems += _unknown_sections(root / "params.yaml")
     found = "valid" if not problems else "; ".join(problems)
     yield Finding("params.yaml", not problems, found, "Mend what is named." if problems else "")
+
+
+def _unknown_sections(path: Path) -> list[str]:
+    import yaml
+
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return []  # said already, by every section
+    unknown = [str(name) for name in document or () if name not in SECTIONS]
+    known = f"Known sections: {', '.join(SECTIONS)}"
+    return [f"unknown section {', '.join(unknown)}. {known}"] if unknown else []
 
 
 def _mlflow(root: Path) -> Iterator[Finding]:

@@ -7,7 +7,14 @@ from typing import Any
 
 from pipeline.core.config import load_section, load_value
 from pipeline.engine.learner import load_learner
-from pipeline.evaluation.evaluate import REPORT, EvaluateConfig, run_evaluation
+from pipeline.evaluation.evaluate import (
+    EPISODES,
+    METRICS,
+    PLOTS,
+    REPORT,
+    EvaluateConfig,
+    run_evaluation,
+)
 from pipeline.evaluation.order import by_size
 from pipeline.runtime.logs import run_main
 from pipeline.runtime.tracking import stage_run
@@ -22,7 +29,8 @@ def main() -> None:
     learner = Path("models/meta")
     pretrained = Path("models/pretrained") / load_learner(learner).origin["pretrained"]
     inputs = {"store": store, "tasks": tasks, "learner": learner}
-    with stage_run("evaluate", config, inputs=inputs, outputs=[TARGET]) as run:
+    outputs = [TARGET / name for name in (EPISODES, METRICS, PLOTS, REPORT)]
+    with stage_run("evaluate", config, inputs=inputs, outputs=outputs) as run:
         found = run_evaluation(config, learner, pretrained, tasks, store, TARGET)
         run.log(tracked(found[domain]))
     print_table(found[domain])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,7 +14,9 @@ from pipeline.core.errors import ConfigError
 class Section(BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
 
 S = TypeVar("S", bound=Section)
@@ -83,19 +86,25 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _explain(problem: Any, model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in problem["loc"]) or "the section"
-    if problem["type"] != "extra_forbidden":
+    if problem["type"] not in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"{place}: {problem['msg']} (got {problem['input']!r})"
-    owner = _model_at(model, problem["loc"][:-1])
-    known = ", ".join(owner.model_fields) if owner else "see params.schema.json"
+    owner = _kind_at(model, problem["loc"][:-1])
+    known = ", ".join(_keys(owner)) if owner else "see params.schema.json"
     return f"{place}: unknown key. Known keys: {known}"
 
 
-def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel] | None:
-    """The nested section that a path of keys leads to, if every step of it is a plain section."""
+def _kind_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[Any] | None:
+    """The nested section or dataclass that a path of keys leads to, if every step is one."""
+    kind: type[Any] = model
     for key in path:
-        field = model.model_fields.get(str(key))
-        annotation = field.annotation if field else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        fields = get_type_hints(kind)
+        if not isinstance(fields.get(str(key)), type):
             return None
-        model = annotation
-    return model
+        kind = fields[str(key)]
+    return kind if _keys(kind) else None
+
+
+def _keys(kind: type[Any]) -> list[str]:
+    if issubclass(kind, BaseModel):
+        return list(kind.model_fields)
+    return [f.name for f in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []

@@ -88,7 +88,8 @@ def new_folder(target: Path, **header: Any) -> Iterator[Path]:
 
     The body writes into the folder that it is given. On leaving, every file is synced, its size
     and SHA-256 go into `manifest.json` (written last, with `header` beside the file list), and the
-    folder replaces `target`. If the body raises, or the process dies, `target` is as it was.
+    folder replaces `target`. If the body raises, `target` is as it was; a process that dies leaves
+    it as it was, new, or (between renames) absent, never in parts.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*-*"):

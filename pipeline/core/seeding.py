@@ -47,7 +47,7 @@ def random_words(seed: int, stream: int, indices: npt.NDArray[Any], num_words: i
     Args:
         seed: any integer in [0, 2**64).
         stream: which independent stream, in [0, 2**32): training and validation never share one.
-        indices: positions in the stream, any shape [...], values in [0, 2**32).
+        indices: positions in the stream, any shape [...], values in [0, 2**64).
 
     Returns:
         Words in [0, 2**32) as uint64, shape [..., num_words]; word w of index i never depends on

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline.core.config import Section
+from pipeline.domains.table import DOMAINS
 from pipeline.evaluation.scoring import EpisodeScores
 from pipeline.evaluation.statistics import BootstrapInterval, class_bootstrap, mean_interval
 
 Scores: TypeAlias = Mapping[str, EpisodeScores]
 """One learner's answers on the frozen test episodes, by setting ("5w1s")."""
+
+Setting: TypeAlias = Annotated[str, Field(pattern=r"^\d+w\d+s$")]
 
 Accuracy: TypeAlias = Annotated[float, Field(ge=0, le=1)]
 
@@ -26,11 +30,13 @@ _GLYPH_FLOORS = {"5w1s": 0.97, "20w1s": 0.90}
 class GateConfig(Section):
     """What a model must show before it may serve."""
 
-    floors: dict[str, dict[str, Accuracy]] = Field(default={"glyphs": _GLYPH_FLOORS})
+    floors: dict[str, Annotated[dict[Setting, Accuracy], Field(min_length=1)]] = Field(
+        default={"glyphs": _GLYPH_FLOORS}
+    )
     """By domain and setting: the least that the lower end of the accuracy's 95 % interval may be.
     A model of a domain without floors must beat the best baseline instead (raw pixels, and the
     same algorithm untrained): it has to have learned something."""
-    primary: tuple[str, ...] = ("5w1s",)
+    primary: tuple[Setting, ...] = ("5w1s",)
     """Settings in which a later model must be better than the champion; empty: in all of them."""
     margin: Accuracy = 0.0
     """The lower bound of the difference to the champion must lie above -margin. 0 asks for evidence
@@ -39,8 +45,19 @@ class GateConfig(Section):
     """Of the two-sided bootstrap interval: 0.95 lets an equal model through once in forty times."""
     num_bootstrap: int = Field(default=10_000, ge=1000)
     """Bootstrap draws over the test classes."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the bootstrap draws: the same scores give the same decision."""
+
+    @field_validator("floors")
+    @classmethod
+    def _no_misspelt_domain(
+        cls, floors: dict[str, dict[str, float]]
+    ) -> dict[str, dict[str, float]]:
+        """A floor under a name that is nearly a domain's would hold for nothing, silently."""
+        for name in set(floors) - set(DOMAINS):
+            if near := difflib.get_close_matches(name, DOMAINS, n=1, cutoff=0.75):
+                raise ValueError(f"there is no domain {name!r}; {near[0]!r} was meant, it seems")
+        return floors
 
 
 @dataclass(frozen=True)
@@ -152,7 +169,10 @@ def _beats_baseline(
     config: GateConfig, setting: str, challenger: Scores, baselines: Mapping[str, Scores]
 ) -> Rule:
     known = {name: scores[setting] for name, scores in baselines.items() if setting in scores}
-    if setting not in challenger or not known:
+    if setting not in challenger:
+        reason = f"{setting}: is a primary setting of the gate and was not evaluated; set primary."
+        return Rule("beats_baseline", setting, None, 0.0, False, reason)
+    if not known:
         reason = (
             f"{setting}: the domain has no floors, and there is no baseline to beat; "
             "give it floors."

@@ -110,10 +110,19 @@ class Registry:
         """One version.
 
         Raises:
-            RegistryError: there is none of this number.
+            RegistryError: there is none of this number, or the registry does not answer.
         """
-        with _explained(self.shown, f"{self.name} has no version {number}"):
+        from mlflow.exceptions import MlflowException
+
+        try:
             found = self._client.get_model_version(self.name, str(number))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                raise RegistryError(
+                    f"{self.name} has no version {number} (MLflow at {self.shown}). "
+                    "`metaloom ui` shows those it has."
+                ) from None
+            raise _silent(self.shown, error) from None
         return Version(self.name, int(found.version), dict(found.tags), found.source, found.run_id)
 
     def aliases(self) -> dict[str, int]:
@@ -125,7 +134,7 @@ class Registry:
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return {}
-            raise RegistryError(f"the registry at {self.shown} does not answer: {error}") from None
+            raise _silent(self.shown, error) from None
         return {alias: int(number) for alias, number in found.aliases.items()}
 
     def champion(self) -> Version | None:
@@ -333,6 +342,14 @@ def _run(client: Any, experiment: str, run_id: str | None) -> Iterator[None]:
     with mlflow.start_run(run_id=run_id):
         yield
     client.update_run(run_id, status="RUNNING")
+
+
+def _silent(uri: str, error: Exception) -> RegistryError:
+    reason = str(error).splitlines()[0][:300]
+    return RegistryError(
+        f"the registry at {uri} does not answer: {reason}. Start its server, or set "
+        "MLFLOW_TRACKING_URI right; `metaloom doctor` looks into it."
+    )
 
 
 @contextmanager

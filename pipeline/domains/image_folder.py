@@ -6,6 +6,8 @@ Three layouts are told apart by what lies at the top:
   `group` and `split`; the pictures lie beside it or in a folder beside it;
 - folders `train`, `val` (or `validation`, `valid`) and `test`, each with a folder per class;
 - a folder per class.
+
+A folder whose pictures are all in one zip is read as that zip.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from pydantic import Field, PositiveInt
@@ -34,6 +36,7 @@ from pipeline.domains.planning import (
 from pipeline.domains.sources import (
     Listing,
     draw_files,
+    inner_archive,
     list_source,
     odd_names,
     printable,
@@ -48,6 +51,8 @@ _SPLIT_NAMES: Mapping[str, Split] = {
     "test": "test",
 }
 _MAX_LIST_BYTES = 200_000_000
+_MAX_HEADER_BYTES = 65_536
+_COLUMNS = frozenset({"filename", "label"})
 _ONE_GROUP = "all"
 
 
@@ -55,9 +60,11 @@ class ImageFolderConfig(Section):
     """How a folder of pictures is read."""
 
     val_share: float = Field(default=0.16, gt=0, lt=1)
-    """Share of the classes that is held out for validation, if the source names none."""
+    """Share of the classes that is held out for validation, if the source names none: at least 5
+    classes where there are 15 or more, at least 2 where there are 6 or more."""
     test_share: float = Field(default=0.2, gt=0, lt=1)
-    """Share of the classes that is held out for testing, if the source names none."""
+    """Share of the classes that is held out for testing, if the source names none; with the
+    same least numbers as for validation."""
     exclude: tuple[str, ...] = ()
     """Classes to leave out, e.g. a folder of unlabelled background."""
     max_bytes: PositiveInt = 10_000_000
@@ -89,6 +96,34 @@ class ImageFolder:
     def plan(self) -> Plan:
         """Find the layout, list the pictures, and make the splits disjoint and complete."""
         listing = list_source(self.frame.source)
+        archive = inner_archive(self.frame.source, listing.files)
+        return self._plan(listing) if archive is None else self._plan_of(archive, listing)
+
+    def draw(self, job: Job) -> Drawn:
+        """Decode a job's files."""
+        limits = Limits(self.config.max_bytes, self.config.max_pixels, self.config.max_side)
+        return draw_files(job, self.frame, limits)
+
+    def _plan_of(self, archive: str, listing: Listing) -> Plan:
+        """The plan of a zip in the source, as if it had been given."""
+        beside = [name for name in listing.files if name != archive]
+        lists = [name for name in beside if name.lower().endswith(".csv") and self._is_list(name)]
+        if lists:
+            raise DataError(
+                f"{self.frame.source} holds the list {lists[0]} beside the zip {archive}. Put the "
+                "list into the zip, or unpack the zip beside the list."
+            )
+        source = self.frame.source / archive
+        plan = replace(self, frame=replace(self.frame, source=source))._plan(list_source(source))
+        left = {**listing.dropped, "beside the zip that was read": beside}
+        outer = {reason: [printable(n) for n in names] for reason, names in left.items()}
+        return replace(
+            plan,
+            dropped=merge(plan.dropped, outer),
+            facts={**plan.facts, "read_from": printable(archive)},
+        )
+
+    def _plan(self, listing: Listing) -> Plan:
         notes = _Notes()
         found, layout = self._find(listing, notes)
         if not found:
@@ -120,14 +155,13 @@ class ImageFolder:
         )
         return make_plan(kept, self._report(listing, notes, twice, rare, layout), self.frame)
 
-    def draw(self, job: Job) -> Drawn:
-        """Decode a job's files."""
-        limits = Limits(self.config.max_bytes, self.config.max_pixels, self.config.max_side)
-        return draw_files(job, self.frame, limits)
-
     def _find(self, listing: Listing, notes: _Notes) -> tuple[list[Found], str]:
-        prefix = _common_folder(listing.files)
-        inner = [name.removeprefix(prefix) for name in listing.files]
+        stray = {n for n in _beside_folders(listing.files) if not self._is_list(n)}
+        for name in sorted(stray):
+            notes.drop("CSV without the columns filename and label", name)
+        files = tuple(name for name in listing.files if name not in stray)
+        prefix = _common_folder(files)
+        inner = [name.removeprefix(prefix) for name in files]
         notes.dropped_classes["no pictures"] = [
             folder.removeprefix(prefix) for folder in listing.empty_folders
         ]
@@ -179,17 +213,29 @@ class ImageFolder:
                 else:
                     yield self._found(prefix + folder + filename, filename, label, group, home)
 
+    def _is_list(self, path: str) -> bool:
+        """Whether a CSV file is a list; one that is named after a split is meant as one."""
+        if PurePosixPath(path).stem.lower() in _SPLIT_NAMES:
+            return True
+        content = read_file(self.frame.source, path, max_bytes=_MAX_HEADER_BYTES)
+        header = content[:_MAX_HEADER_BYTES].decode("utf-8-sig", "replace").splitlines()[:1]
+        try:
+            return any(set(row) >= _COLUMNS for row in csv.reader(header))
+        except csv.Error:
+            return False
+
     def _rows(self, path: str) -> Iterator[tuple[str, dict[str, str]]]:
         content = read_file(self.frame.source, path, max_bytes=_MAX_LIST_BYTES)
         try:
             reader = csv.DictReader(
                 io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True
             )
-            missing = {"filename", "label"} - set(reader.fieldnames or ())
+            missing = _COLUMNS - set(reader.fieldnames or ())
             if missing:
                 raise DataError(
                     f"{path} has no column {' and no column '.join(sorted(missing))}. Its first "
-                    "line must be `filename,label`, and may go on with `,group` and `,split`."
+                    "line must be `filename,label`, and may go on with `,group` and `,split`. If "
+                    "it is no list of pictures, take it out of preprocess.source."
                 )
             for row in reader:
                 where = f"{path}, line {reader.line_num}"
@@ -255,6 +301,17 @@ def _common_folder(names: tuple[str, ...]) -> str:
         if not around or min(depths) < 2:
             return prefix
         prefix += f"{tops.pop()}/"
+
+
+def _beside_folders(names: tuple[str, ...]) -> list[str]:
+    """CSV files that lie beside folders of other files."""
+    lists = [name for name in names if name.lower().endswith(".csv")]
+    around = {
+        folder
+        for name in (set(names) - set(lists) if lists else ())
+        for folder in PurePosixPath(name).parent.parents
+    }
+    return [name for name in lists if PurePosixPath(name).parent in around]
 
 
 def _lists(names: list[str]) -> dict[str, Split | None]:

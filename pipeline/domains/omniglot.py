@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 
 from pipeline.core.config import Section
 from pipeline.core.errors import DataError
@@ -48,13 +48,24 @@ class OmniglotConfig(Section):
     """How Omniglot is split."""
 
     split_dir: Path | None = None
-    """Folder with train.txt, val.txt and test.txt: lines `Alphabet/characterNN[/rotDDD]`. Without
-    it, Lake's split: background alphabets train, evaluation alphabets test."""
+    """Folder inside `preprocess.source`, e.g. `splits_vinyals`, with train.txt, val.txt and
+    test.txt: lines `Alphabet/characterNN[/rotDDD]`. As a part of the source, a changed list makes
+    a new store. Without it, Lake's split: background alphabets train, evaluation ones test."""
     num_val_alphabets: PositiveInt = 5
     """Background alphabets that Lake's split holds out for validation."""
     rotations: Literal["none", "train_only", "all"] = "none"
     """Whether a character turned by 90, 180 and 270 degrees is three more classes: nowhere, in the
     training split, or in every split (as Vinyals et al. did)."""
+
+    @field_validator("split_dir")
+    @classmethod
+    def _inside_the_source(cls, folder: Path | None) -> Path | None:
+        if folder is not None and (folder.is_absolute() or ".." in folder.parts):
+            raise ValueError(
+                "must be a path inside preprocess.source, relative to it. Copy the lists there: "
+                "only what lies in the source is watched for changes"
+            )
+        return folder
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ class Omniglot:
         missing = sorted(set(wanted) - {character for _, character in characters})
         if missing:
             raise DataError(
-                f"{self.config.split_dir} names characters that {self.frame.source} does not hold, "
+                f"{self._lists_folder()} names characters that {self.frame.source} does not hold, "
                 f"e.g. {missing[0]!r}. Give both upstream archives, images_background and "
                 "images_evaluation."
             )
@@ -136,20 +147,24 @@ class Omniglot:
         return {c: dict.fromkeys(self._rotations(split), split) for c, split in splits.items()}
 
     def _listed(self) -> Wanted:
-        assert self.config.split_dir is not None
+        folder = self._lists_folder()
         wanted: dict[str, dict[str, Split]] = {}
         for split in SPLITS:
-            for character, rotation in _read_list(self.config.split_dir / f"{split}.txt"):
+            for character, rotation in _read_list(folder / f"{split}.txt"):
                 rotations = wanted.setdefault(character, {})
                 if set(rotations.values()) - {split}:
                     raise DataError(
-                        f"{self.config.split_dir}: {character} is in two splits. A character, with "
+                        f"{folder}: {character} is in two splits. A character, with "
                         "all its rotations, belongs to one; mend the lists."
                     )
                 for turned in _ROTATIONS if rotation is None else (rotation,):
                     if turned in self._rotations(split):
                         rotations[turned] = split
         return {character: rotations for character, rotations in wanted.items() if rotations}
+
+    def _lists_folder(self) -> Path:
+        assert self.config.split_dir is not None
+        return self.frame.source / self.config.split_dir
 
     def _rotations(self, split: Split) -> tuple[str, ...]:
         turned = self.config.rotations == "all" or (
@@ -167,8 +182,8 @@ def _read_list(path: Path) -> Iterator[tuple[str, str | None]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (FileNotFoundError, UnicodeDecodeError):
         raise DataError(
-            f"{path} is missing or no text. preprocess.omniglot.split_dir needs train.txt, val.txt "
-            "and test.txt."
+            f"{path} is missing or no text. preprocess.omniglot.split_dir, a folder inside "
+            "preprocess.source, needs train.txt, val.txt and test.txt."
         ) from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():

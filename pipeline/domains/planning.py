@@ -12,6 +12,10 @@ from pipeline.domains.splits import hold_out
 
 _JOB_PICTURES = 256
 _JOB_BYTES = 64 << 20
+_FULL_SPLIT = 5
+"""Classes for the usual episode of five ways."""
+_SMALLEST_SPLIT = 2
+"""Classes below which there is nothing to tell apart."""
 FEW = "fewer examples than the minimum"
 
 
@@ -40,28 +44,45 @@ def fill_splits(
 ) -> list[Found]:
     """Move a seeded share of the training classes to each split that has none.
 
+    Each split, training among them, gets at least 5 classes where they suffice for that, else at
+    least 2.
+
     Raises:
-        DataError: there are too few classes for three splits.
+        DataError: there are too few classes, or the shares leave too few for training.
     """
     classes = {f.example.class_name: f.example.split for f in found}
-    total = len(classes)
-    wanted: list[tuple[Split, float]] = [("test", test_share), ("val", val_share)]
-    for split, share in wanted:
-        if split in classes.values():
-            continue
+    shares: dict[Split, float] = {"test": test_share, "val": val_share}
+    missing = [split for split in shares if split not in classes.values()]
+    least = _least_classes(list(classes.values()).count("train"), missing)
+    counts = {split: max(least, round(shares[split] * len(classes))) for split in missing}
+    for split, count in counts.items():
         training = [name for name, home in classes.items() if home == "train"]
-        count = max(1, round(share * total))
-        if count >= len(training):
+        if len(training) - count < least:
             raise DataError(
-                f"{len(training)} training classes with enough pictures are too few to hold some "
-                f"out for the split {split!r}. Add classes, or lower "
-                "preprocess.min_examples_per_class."
+                f"holding out {' and '.join(f'{n} for {s}' for s, n in counts.items())} of "
+                f"{len(classes)} usable classes leaves fewer than {least} for train. Lower "
+                "preprocess.image_folder.val_share and test_share."
             )
         for name in hold_out(training, count, seed=seed):
             classes[name] = split
     return [
         replace(f, example=replace(f.example, split=classes[f.example.class_name])) for f in found
     ]
+
+
+def _least_classes(num_training: int, missing: Sequence[Split]) -> int:
+    """How many classes training and each missing split must have, out of the training classes."""
+    parts = len(missing) + 1
+    needed = _SMALLEST_SPLIT * parts
+    if missing and num_training < needed:
+        raise DataError(
+            f"{num_training} usable classes were found to train on, and {needed} are needed: the "
+            f"source names no classes for {' and '.join(missing)}, so they are held out of these, "
+            f"and each split needs {_SMALLEST_SPLIT} to tell apart. A class is usable if it has "
+            "preprocess.min_examples_per_class pictures and is not excluded. Add classes, or lower "
+            "that number."
+        )
+    return _FULL_SPLIT if num_training >= _FULL_SPLIT * parts else _SMALLEST_SPLIT
 
 
 def make_plan(found: Iterable[Found], notes: Plan, frame: Frame) -> Plan:

@@ -20,6 +20,9 @@ from pipeline.domains.archives import SafeZip
 from pipeline.domains.base import Drawn, Frame, Job, Pixels
 from pipeline.domains.pictures import Limits, PictureRefused, decode_picture
 
+_MAGIC = (b"\x89PNG", b"\xff\xd8\xff")
+"""The first bytes of a PNG and of a JPEG."""
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -49,6 +52,29 @@ def list_source(source: Path) -> Listing:
         f"{source} is neither a folder nor a zip. Put the raw data there, or set "
         "preprocess.source to where they are."
     )
+
+
+def inner_archive(source: Path, files: tuple[str, ...]) -> str | None:
+    """The name of the zip that holds a folder's pictures, if no picture lies outside it.
+
+    Args:
+        files: of the source.
+
+    Raises:
+        DataError: there are several such zips.
+    """
+    if not source.is_dir():
+        return None
+    zips = [name for name in files if name.lower().endswith(".zip")]
+    if not zips or any(_begins_as_picture(source, name) for name in files if name not in zips):
+        return None
+    if len(zips) > 1:
+        named = ", ".join(printable(name) for name in zips[:5])
+        raise DataError(
+            f"{source} holds no pictures, and {len(zips)} zips: {named}. Set preprocess.source to "
+            "one of them, or unpack them into one folder."
+        )
+    return zips[0]
 
 
 def read_file(source: Path, name: str, *, max_bytes: int) -> bytes:
@@ -123,6 +149,13 @@ def odd_names(files: tuple[str, ...]) -> list[str]:
         for name in files
         if printable(name) != name or any(part.startswith("-") for part in name.split("/"))
     ]
+
+
+def _begins_as_picture(source: Path, name: str) -> bool:
+    try:
+        return read_file(source, name, max_bytes=8).startswith(_MAGIC)
+    except PictureRefused:
+        return False
 
 
 def _decode_file(

@@ -12,7 +12,7 @@ from pipeline.runtime.collectives import gather_shares, share, tree_sum
 from pipeline.runtime.context import SINGLE, Context
 from pipeline.store.reader import Store
 
-_NUM_BATCHES, _BATCH_SIZE = 16, 128
+NUM_BATCHES, _BATCH_SIZE = 16, 128
 
 
 def population_statistics(
@@ -29,9 +29,9 @@ def population_statistics(
         arXiv:2105.07576.
     """
     model = learner.model.with_statistics(None)
-    own = share(_NUM_BATCHES, context.rank, context.world_size)
+    own = share(NUM_BATCHES, context.rank, context.world_size)
     moments, names, sizes = [], [], []
-    for batch in own:
+    for batch in own or [0]:  # a worker without a batch still needs the names and sizes
         pictures = torch.as_tensor(store.gather(_batch_rows(store, batch))).to(context.device)
         with torch.no_grad():
             _, found = model.features(params, learner.preprocessing(pictures))
@@ -41,8 +41,8 @@ def population_statistics(
             moments.append(torch.cat([_moments(found, n) for n in names]))
     if not names:
         return {}
-    local = torch.stack(moments)
-    total = tree_sum(list(gather_shares(local, _NUM_BATCHES, context))) / _NUM_BATCHES
+    local = torch.stack(moments)[: len(own)]
+    total = tree_sum(list(gather_shares(local, NUM_BATCHES, context))) / NUM_BATCHES
     statistics: Statistics = {}
     for name, pair in zip(names, torch.split(total, [2 * s for s in sizes]), strict=True):
         mean, second = pair.chunk(2)
@@ -55,11 +55,9 @@ def _batch_rows(store: Store, batch: int) -> np.ndarray[tuple[int], np.dtype[np.
     """Rows spread evenly over all training classes; batches are interleaved."""
     classes = [store.classes[i] for i in store.class_ids("train")]
     num_rows = sum(c.count for c in classes)
-    spread = np.linspace(0, num_rows - 1, min(num_rows, _NUM_BATCHES * _BATCH_SIZE)).astype(
-        np.int64
-    )
-    start = batch if len(spread) >= 2 * _NUM_BATCHES else 0
-    step = _NUM_BATCHES if len(spread) >= 2 * _NUM_BATCHES else 1
+    spread = np.linspace(0, num_rows - 1, min(num_rows, NUM_BATCHES * _BATCH_SIZE)).astype(np.int64)
+    start = batch if len(spread) >= 2 * NUM_BATCHES else 0
+    step = NUM_BATCHES if len(spread) >= 2 * NUM_BATCHES else 1
     return classes[0].offset + spread[start::step]
 
 

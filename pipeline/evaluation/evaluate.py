@@ -12,6 +12,7 @@ from pipeline.core.config import Section
 from pipeline.core.errors import ArtefactError
 from pipeline.core.files import MANIFEST, read_json, write_bytes, write_json
 from pipeline.engine.learner import WEIGHTS, Learner, load_learner
+from pipeline.engine.population import NUM_BATCHES
 from pipeline.evaluation.baselines import baselines
 from pipeline.evaluation.plots import episode_columns, plot_records
 from pipeline.evaluation.report import render
@@ -40,7 +41,7 @@ class EvaluateConfig(Section):
     """Episodes that the report shows as pictures; the last one is the hardest of all."""
     hardest_pairs: int = Field(default=12, ge=0)
     """Pairs of classes that are confused most often, shown with pictures of both."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the untrained baseline's weights."""
     title: str = "Few-shot evaluation"
     """Heading of the report."""
@@ -87,7 +88,7 @@ def run_evaluation(
         store=store_folder,
         target=target,
     )
-    found: dict[str, Any] = launch("pipeline.evaluation.evaluate:run", job)
+    found: dict[str, Any] = launch("pipeline.evaluation.evaluate:run", job, most=NUM_BATCHES)
     return found
 
 

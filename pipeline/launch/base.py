@@ -34,15 +34,19 @@ class Launcher(Protocol):
         """
 
 
-def num_workers_from_environment() -> int:
+def num_workers_from_environment(most: int) -> int:
     """METALOOM_NUM_WORKERS, or one worker for each GPU, or else for each physical core.
+
+    Args:
+        most: more workers than this would have nothing to do; the default stays below it, and a
+            number that was asked for is left as it is, for the run to refuse.
 
     Raises:
         ConfigError: the variable is not a positive whole number.
     """
     value = os.environ.get("METALOOM_NUM_WORKERS", "")
     if not value:
-        return default_num_workers()
+        return min(default_num_workers(), most)
     if not value.isdecimal() or int(value) < 1:
         raise ConfigError(
             f"METALOOM_NUM_WORKERS is {value!r}. Set it to a positive whole number, or unset it to "

@@ -16,6 +16,7 @@ from pipeline.core.errors import PipelineError, TrainingError
 from pipeline.core.files import read_json
 from pipeline.launch.base import LOST_PEER, Job
 
+_LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
 
@@ -53,7 +54,7 @@ def _start(job: Job, rank: int, config_file: Path, folder: Path) -> subprocess.P
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(job.num_workers),
         "METALOOM_RENDEZVOUS": f"file://{(folder / 'rendezvous').resolve()}",
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", _LOOPBACK),
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
     }

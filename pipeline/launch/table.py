@@ -19,11 +19,14 @@ LAUNCHERS: Mapping[str, Launcher] = {"local": launch_local}
 _FOLDER = Path(".metaloom/launch")
 
 
-def launch(entry: str, config: Section) -> Any:
+def launch(entry: str, config: Section, *, most: int) -> Any:
     """Run `entry` on the workers that the environment asks for; return the first one's result.
 
     METALOOM_LAUNCHER picks the launcher (default `local`) and METALOOM_NUM_WORKERS the number of
     workers: where a run happens is no part of what it computes.
+
+    Args:
+        most: how many workers can share the work.
 
     Raises:
         ConfigError: the environment asks for something that does not exist.
@@ -36,7 +39,7 @@ def launch(entry: str, config: Section) -> Any:
         )
     _FOLDER.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=_FOLDER, prefix="run-"))
-    job = Job(entry, config, num_workers_from_environment())
+    job = Job(entry, config, num_workers_from_environment(most))
     result = LAUNCHERS[name](job, folder)
     shutil.rmtree(folder)  # kept when the run failed: it holds the workers' logs
     return result

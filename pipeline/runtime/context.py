@@ -80,7 +80,8 @@ def default_num_workers() -> int:
     """GPUs if there are any, else the physical cores that this process may use."""
     if torch.cuda.is_available():
         return torch.cuda.device_count()
-    return max(1, min(len(os.sched_getaffinity(0)), _physical_cores()))
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, min(usable or 1, _physical_cores()))
 
 
 def fingerprint() -> dict[str, Any]:

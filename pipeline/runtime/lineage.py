@@ -69,7 +69,7 @@ def git_state(root: Path) -> GitState:
     commit = _git(root, "rev-parse", "--verify", "HEAD")
     if commit is None:
         return GitState("none", dirty=True)
-    status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames")
+    status = _git(root, "status", "--porcelain=v1", "-z", "--no-renames", "--untracked-files=all")
     changed = [entry[3:] for entry in (status or "").split("\0") if entry]
     written = [path for outputs in pipeline_outputs(root).values() for path in outputs]
     dirty = status is None or any(not _made_by_dvc(path, written) for path in changed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import re
@@ -319,7 +320,7 @@ def _datasets(run: RunStart) -> list[Any]:
                 name=item.name,
                 digest=item.digest[:DIGEST_CHARACTERS],
                 source_type="local",
-                source=f'{{"uri": "{item.source}", "sha256": "{item.digest}"}}',
+                source=json.dumps({"uri": item.source, "sha256": item.digest}),
             )
         )
         for item in run.inputs

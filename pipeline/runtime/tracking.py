@@ -227,16 +227,18 @@ def stage_run(
         code_root: where the code is (default: where this package was imported from).
 
     Raises:
-        TrainingError: a .py file changed while the stage ran. DVC hashes code after the command
-            has ended, so it would record the old code's output under the new code's name.
+        TrainingError: a .py file, or params.yaml, changed while the stage ran. DVC hashes both
+            after the command has ended, so it would record the old output under the new name.
     """
     root = root or Path.cwd()
     code_root = code_root or lineage.code_root()
     code = lineage.code_hash(code_root)
+    params = lineage.file_hash(root / "params.yaml")
     run = StageRun(root, _describe(stage, config, inputs or {}, root, code))
     try:
         yield run
         _refuse_changed_code(stage, code, lineage.code_hash(code_root))
+        _refuse_changed_params(stage, params, lineage.file_hash(root / "params.yaml"))
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
         run.finish(
@@ -277,6 +279,14 @@ def _refuse_changed_code(stage: str, before: str, after: str) -> None:
             f"The code under pipeline/ or stages/ changed while {stage} ran, so its result belongs "
             "to neither version and is not recorded. Run `dvc repro` again and leave the code "
             "alone until it has ended (a second clone is a good place to go on working)."
+        )
+
+
+def _refuse_changed_params(stage: str, before: str, after: str) -> None:
+    if before != after:
+        raise TrainingError(
+            f"params.yaml changed while {stage} ran, so DVC would record the old result under the "
+            "new settings. Nothing was recorded: run `dvc repro` again."
         )
 
 

@@ -21,14 +21,14 @@ _STREAM_FILE = "train.json"
 class SampleTasksConfig(Section):
     """Which episodes to train, validate and test on."""
 
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of all three streams, which never share random numbers."""
     train: EpisodeSpec = EpisodeSpec(ways=40, shots=1, queries=2)
     """Shape of the training episodes."""
     val: FrozenSpec = FrozenSpec(ways=[5, 20], shots=[1], episodes=200)
     """Validation episodes, drawn once: every ways x shots combination."""
     test: FrozenSpec = FrozenSpec(ways=[5, 20], shots=[1, 5], episodes=2000)
-    """Test episodes, drawn once; read by `evaluate` and nowhere else."""
+    """Test episodes, drawn once; read by `evaluate` and the gate alone."""
 
 
 class TrainingStream(Section):

@@ -48,8 +48,8 @@ class FrozenSpec(Section):
     """Support examples per class, one set of episodes for each."""
     queries: PositiveInt = 15
     """Query examples per class."""
-    episodes: PositiveInt = 600
-    """Episodes in each set."""
+    episodes: Annotated[int, Ge(2)] = 600
+    """Episodes in each set; an interval needs two."""
     within_group: bool = False
     """Draw all classes of an episode from one group (one script, one alphabet)."""
 

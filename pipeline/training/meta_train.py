@@ -32,7 +32,7 @@ class MetaTrainConfig(Section):
     """Meta-training of the best candidate."""
 
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the algorithm's own initial parameters."""
     warm_start: bool = True
     """Start from the pre-trained backbone instead of fresh weights."""
@@ -83,7 +83,9 @@ def meta_train(
         checkpoints=checkpoints,
         journal=journal,
     )
-    metrics: dict[str, Any] = launch("pipeline.training.meta_train:run", job)
+    metrics: dict[str, Any] = launch(
+        "pipeline.training.meta_train:run", job, most=config.num_groups
+    )
     clear_checkpoints(checkpoints)
     return metrics
 

@@ -32,7 +32,7 @@ class PretrainConfig(Section):
 
     candidates: list[str] = Field(default=["conv4"], min_length=1)
     """Backbones to pre-train; the best by validation episodes is meta-trained."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the initial weights and of the examples' order."""
     num_groups: PositiveInt = 8
     """Groups of a batch, each computed whole by one worker."""
@@ -84,7 +84,7 @@ def pretrain(
         checkpoints=checkpoints,
         journal=journal,
     )
-    metrics: dict[str, Any] = launch("pipeline.training.pretrain:run", job)
+    metrics: dict[str, Any] = launch("pipeline.training.pretrain:run", job, most=config.num_groups)
     clear_checkpoints(checkpoints)
     return metrics
 

@@ -45,7 +45,7 @@ def package_folder(module: str) -> str:
     return f"stages/{parts[1]}.py" if parts[0] == "stages" else "/".join(parts[:2])
 
 
-@pytest.mark.parametrize("stage", sorted(set(SECTIONS) - {"deploy"}))
+@pytest.mark.parametrize("stage", sorted(SECTIONS))
 def test_a_stage_depends_on_exactly_the_code_that_it_imports(
     stage: str, graph: grimp.ImportGraph
 ) -> None:

@@ -29,7 +29,7 @@ def write_raw(root: Path) -> None:
     """A source that both file domains can read: three levels of folders of small pictures."""
     rng = np.random.default_rng(0)
     for part in ("images_background", "images_evaluation"):
-        for alphabet in "ABC":
+        for alphabet in "ABCDEF":
             for character in range(3):
                 folder = root / part / f"{part[7]}{alphabet}" / f"character{character:02d}"
                 folder.mkdir(parents=True)

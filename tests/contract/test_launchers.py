@@ -106,15 +106,24 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("METALOOM_NUM_WORKERS", "2")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    assert len(launch(f"{ENTRIES}:identify", Plan(rank=0, what=""))) == 2
+    assert len(launch(f"{ENTRIES}:identify", Plan(rank=0, what=""), most=8)) == 2
     assert not list(tmp_path.glob(".metaloom/launch/*")), "a finished run leaves nothing"
     monkeypatch.setenv("METALOOM_LAUNCHER", "cloud")
     with pytest.raises(ConfigError, match="METALOOM_LAUNCHER is 'cloud'.*local"):
-        launch(f"{ENTRIES}:identify", Plan(rank=0, what=""))
+        launch(f"{ENTRIES}:identify", Plan(rank=0, what=""), most=8)
 
 
 @pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
 def test_a_wrong_number_of_workers_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METALOOM_NUM_WORKERS", value)
     with pytest.raises(ConfigError, match="METALOOM_NUM_WORKERS"):
-        num_workers_from_environment()
+        num_workers_from_environment(8)
+
+
+def test_the_default_leaves_no_worker_without_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine with more cores than groups; a number that was asked for is not touched."""
+    monkeypatch.delenv("METALOOM_NUM_WORKERS", raising=False)
+    monkeypatch.setattr("pipeline.launch.base.default_num_workers", lambda: 64)
+    assert num_workers_from_environment(8) == 8
+    monkeypatch.setenv("METALOOM_NUM_WORKERS", "64")
+    assert num_workers_from_environment(8) == 64

@@ -164,6 +164,24 @@ def test_an_old_parameter_restores_the_old_result(clone: Path) -> None:
     assert set(ran(back)) <= {"deploy"}
     assert "'meta_train' is cached" in back
     assert output_hashes(clone) == before
+    links = {stage: run for tags in restored(clone) for stage, run in tags.items()}
+    assert {"meta_train", "evaluate"} <= set(links)
+    assert "unknown" not in links.values()
+
+
+def restored(folder: Path) -> list[dict[str, str]]:
+    """For each pipeline run, oldest first: the runs that made what DVC restored, by stage."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    found = client.search_runs(
+        [client.get_experiment_by_name("metaloom").experiment_id], order_by=["start_time ASC"]
+    )
+    prefix = "restored."
+    return [
+        {k.removeprefix(prefix): v for k, v in run.data.tags.items() if k.startswith(prefix)}
+        for run in found
+    ]
 
 
 def test_two_clones_of_one_commit_make_the_same_bytes(clone: Path, tmp_path: Path) -> None:

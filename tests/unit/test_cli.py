@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from typer.main import get_command
 
 from pipeline.cli import app
 from pipeline.doctor import PACKAGES, SECTIONS, Finding, examine
+from pipeline.domains.glyphs import GlyphsConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = {"doctor", "promote", "release", "report", "rollback", "schema", "serve", "ui"}
@@ -88,6 +92,49 @@ def test_doctor_names_a_missing_package_and_a_dead_server(
     missing = found["packages: track"]
     assert not missing.ok and "no-such-package missing: pip install" in missing.mend
     assert not found["mlflow"].ok and "http://127.0.0.1:9" in found["mlflow"].found
+
+
+def test_doctor_counts_the_typefaces_and_names_those_that_are_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = GlyphsConfig().packages
+    found = by_name(examine(tmp_path))["typefaces"]
+    assert found.ok and found.found == f"{len(wanted)} of {len(wanted)} packages as pinned"
+    real = importlib.metadata.version
+    wrong = {"font-lato": "9.9", "font-rhd": None}
+
+    def version(name: str) -> str:
+        if name not in wrong:
+            return real(name)
+        if wrong[name] is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return wrong[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    found = by_name(examine(tmp_path))["typefaces"]
+    told = f"{len(wanted) - 2} of {len(wanted)} packages as pinned; font-lato 9.9; no font-rhd"
+    assert not found.ok and found.found == told
+    pins = f"font-lato=={wanted['font-lato']} font-rhd=={wanted['font-rhd']}"
+    assert found.mend.startswith(f"pip install {pins}:")
+
+
+def test_doctor_checks_what_the_installation_promises() -> None:
+    """All that pyproject.toml requires, and no more."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    required = {re.split("[<>=]", name)[0] for name in project["dependencies"]}
+    assert set(PACKAGES["training"]) == required
+    glyphs = {re.split("[<>=]", name)[0] for name in project["optional-dependencies"]["glyphs"]}
+    assert {*PACKAGES["glyphs"], *GlyphsConfig().packages} == glyphs
+
+
+def test_doctor_names_unknown_sections(tmp_path: Path) -> None:
+    text = (REPOSITORY / "params.yaml").read_text()
+    (tmp_path / "params.yaml").write_text(text)
+    assert by_name(examine(tmp_path))["params.yaml"].found == "valid"
+    (tmp_path / "params.yaml").write_text(text + "\nevaluat:\n  seed: 1\n")
+    found = by_name(examine(tmp_path))["params.yaml"]
+    assert not found.ok
+    assert found.found == f"unknown section evaluat. Known sections: {', '.join(SECTIONS)}"
 
 
 def test_doctor_speaks_json_and_fails_where_something_is_missing(tmp_path: Path) -> None:

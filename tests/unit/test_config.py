@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.core.config import Section, load_section, load_value
+from pipeline.algorithms.table import AlgorithmConfig
+from pipeline.core.config import Section, load_section, load_value, parse_section
 from pipeline.core.errors import ConfigError
 
 
@@ -51,6 +52,19 @@ def test_a_mistake_is_named(params: Path, text: str, expected: str) -> None:
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml does not exist"):
         load_section(tmp_path / "nowhere.yaml", "train", Outer)
+
+
+def test_a_wrong_key_of_an_algorithm_lists_the_known_ones() -> None:
+    with pytest.raises(
+        ConfigError, match=r"protonet\.scal: unknown key\. Known keys: scale, batch_norm"
+    ):
+        parse_section({"protonet": {"scal": 3}}, AlgorithmConfig, where="here")
+
+
+def test_infinity_is_refused_where_it_is_read(params: Path) -> None:
+    params.write_text("train: {inner: {lr: .inf}}")
+    with pytest.raises(ConfigError, match=r"inner\.lr: .*finite"):
+        load_section(params, "train", Outer)
 
 
 def test_one_value(params: Path) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.core.errors import DataError
-from pipeline.domains.base import Frame, Plan
+from pipeline.domains.base import Example, Frame, Plan
 from pipeline.domains.image_folder import ImageFolder, ImageFolderConfig
+from pipeline.domains.planning import Found, fill_splits
 from pipeline.store.build import PreprocessConfig, build_store
 from pipeline.store.reader import open_store
+from tests.conftest import shared_data
 from tests.unit.raw_pictures import encode, noise, write_classes
 
 NAMES = [f"class{i}" for i in range(10)]
@@ -101,20 +107,66 @@ def test_lists_beside_a_folder(tmp_path: Path, folder: str, one_list: bool) -> N
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"name,label\na,b\n", "no column filename"),
-        (b"filename,kind\na,b\n", "no column label"),
         (b"filename,label\nonly\n", "too few columns"),
         (b"filename,label\n\xff\xfe,b\n", "not a CSV file in UTF-8"),
         (b'filename,label\n"a,b\n', "not a CSV file"),
         (b"filename,label,split\na,b,practice\n", "split 'practice' is none of"),
         (b"filename,label,group\na,b,1\nc,b,2\n", "in group '2' here and in '1' before"),
-        (b"", "no column filename"),
     ],
 )
 def test_a_bad_list_is_named_with_its_line(tmp_path: Path, content: bytes, what: str) -> None:
     write_classes(tmp_path, NAMES)
     (tmp_path / "list.csv").write_bytes(content)
     with pytest.raises(DataError, match=what):
+        plan(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"name,label\na,b\n", "list.csv has no column filename"),
+        (b"filename,kind\na,b\n", "list.csv has no column label"),
+        (b"", "no column filename and no column label"),
+    ],
+)
+def test_a_csv_alone_must_be_a_list(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "list.csv").write_bytes(content)
+    with pytest.raises(DataError, match=what):
+        plan(tmp_path)
+
+
+STRAY = "CSV without the columns filename and label"
+
+
+@pytest.mark.parametrize("content", [b"name,label\na,b\n", b"", b"\xff\xfe,b\n", b'"a\n'])
+@pytest.mark.parametrize(("around", "beside"), [("", ""), ("pictures/", "pictures/"), ("a/", "")])
+def test_a_stray_csv_beside_class_folders_is_reported_and_changes_nothing(
+    tmp_path: Path, content: bytes, around: str, beside: str
+) -> None:
+    write_classes(tmp_path / around, NAMES)
+    without = plan(tmp_path)
+    for name in ("notes.csv", "Sizes.CSV"):
+        (tmp_path / beside / name).write_bytes(content)
+    found = plan(tmp_path)
+    assert (found.examples, found.jobs) == (without.examples, without.jobs)
+    assert found.dropped == {STRAY: (f"{beside}Sizes.CSV", f"{beside}notes.csv")}
+
+
+def test_a_stray_csv_does_not_hide_the_list(tmp_path: Path) -> None:
+    write_classes(tmp_path, NAMES)
+    rows = [f"{name}/{i:02d}.png,kind {name}" for name in NAMES for i in range(4)]
+    (tmp_path / "list.csv").write_text("filename,label\n" + "\n".join(rows))
+    (tmp_path / "sizes.csv").write_text("filename,width\na,1\n")
+    found = plan(tmp_path)
+    assert set(splits(found)) == {f"kind {name}" for name in NAMES}
+    assert found.dropped == {STRAY: ("sizes.csv",)}
+
+
+def test_a_csv_named_after_a_split_is_meant_as_a_list(tmp_path: Path) -> None:
+    """Ignoring it could put test pictures into training."""
+    write_classes(tmp_path, NAMES)
+    (tmp_path / "test.csv").write_text("image,label\na,b\n")
+    with pytest.raises(DataError, match=r"test\.csv has no column filename"):
         plan(tmp_path)
 
 
@@ -138,11 +190,65 @@ def test_excluded_classes_must_exist(tmp_path: Path) -> None:
         plan(tmp_path, exclude=("clas3",))
 
 
-@pytest.mark.parametrize("count", [0, 2])
-def test_too_few_classes_are_refused(tmp_path: Path, count: int) -> None:
-    write_classes(tmp_path, NAMES[:count])
-    with pytest.raises(DataError, match="class"):
+def test_no_classes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="holds no pictures in class folders"):
         plan(tmp_path)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_too_few_classes_are_counted(tmp_path: Path, count: int) -> None:
+    write_classes(tmp_path, NAMES[:count])
+    write_classes(tmp_path, NAMES[count:], count=1)
+    told = (
+        rf"^{count} usable classes were found .*, and 6 are needed: .*no classes for test and val"
+    )
+    with pytest.raises(DataError, match=told):
+        plan(tmp_path)
+
+
+def found_in(**classes: int) -> list[Found]:
+    """A made-up source with one picture of each class."""
+    return [
+        Found(Example(f"{split} {i}", "all", split, "0.png"), "raw", f"{split}/{i}/0.png")  # type: ignore[arg-type]
+        for split, count in classes.items()
+        for i in range(count)
+    ]
+
+
+@given(
+    num_classes=st.integers(6, 200),
+    val_share=st.floats(0.01, 0.3),
+    test_share=st.floats(0.01, 0.3),
+    seed=st.integers(0, 2**31),
+)
+def test_each_split_has_enough_classes_to_tell_apart(
+    num_classes: int, val_share: float, test_share: float, seed: int
+) -> None:
+    """max(least, round(share n)) held out; least = 5 from 15 classes on, else 2."""
+    shares = {"val_share": val_share, "test_share": test_share}
+    whole = found_in(train=num_classes)
+    split = fill_splits(whole, seed=seed, **shares)
+    counts = Counter(f.example.split for f in split)
+    least = 5 if num_classes >= 15 else 2
+    assert counts["val"] == max(least, round(val_share * num_classes))
+    assert counts["test"] == max(least, round(test_share * num_classes))
+    assert counts["train"] == num_classes - counts["val"] - counts["test"] >= least
+    again = fill_splits(whole[::-1], seed=seed, **shares)
+    assert {(f.item, f.example.split) for f in again} == {(f.item, f.example.split) for f in split}
+
+
+@pytest.mark.parametrize(("num_training", "num_val"), [(4, 2), (9, 2), (10, 5), (50, 6)])
+def test_a_single_missing_split_has_enough_too(num_training: int, num_val: int) -> None:
+    split = fill_splits(
+        found_in(train=num_training, test=10), val_share=0.1, test_share=0.2, seed=0
+    )
+    counts = Counter(f.example.split for f in split)
+    assert counts == {"train": num_training - num_val, "val": num_val, "test": 10}
+
+
+def test_shares_that_leave_no_training_classes_are_refused() -> None:
+    with pytest.raises(DataError, match=r"14 for test and 5 for val of 20 .* fewer than 5"):
+        fill_splits(found_in(train=20), val_share=0.2, test_share=0.7, seed=0)
 
 
 def test_a_missing_source_is_named(tmp_path: Path) -> None:
@@ -219,11 +325,57 @@ def test_bad_input_is_dropped_or_converted_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_zip_gives_the_store_of_its_folder(tmp_path: Path) -> None:
-    import shutil
-
     write_classes(tmp_path / "raw", NAMES)
     shutil.make_archive(str(tmp_path / "raw"), "zip", tmp_path / "raw")
     for source, name in (("raw", "a"), ("raw.zip", "b")):
         build_store(settings(tmp_path / source), tmp_path / name)
     first, second = open_store(tmp_path / "a"), open_store(tmp_path / "b")
     assert first.digest == second.digest
+
+
+def put_into_zip(folder: Path, target: Path) -> None:
+    made = shutil.make_archive(str(target.with_suffix("")), "zip", folder)
+    assert Path(made) == target
+
+
+def test_a_folder_around_one_zip_is_read_as_that_zip(tmp_path: Path) -> None:
+    write_classes(tmp_path / "raw", NAMES)
+    around = tmp_path / "around"
+    around.mkdir()
+    put_into_zip(tmp_path / "raw", around / "images.zip")
+    (around / "LICENSE").write_text("yours")
+    (around / "sizes.csv").write_text("image,width\na,1\n")
+    report = build_store(settings(around), tmp_path / "a")
+    build_store(settings(tmp_path / "raw"), tmp_path / "b")
+    assert open_store(tmp_path / "a").digest == open_store(tmp_path / "b").digest
+    assert plan(around).facts == {"layout": "class folders", "read_from": "images.zip"}
+    assert report["dropped_pictures"]["beside the zip that was read"]["first"] == [
+        "LICENSE",
+        "sizes.csv",
+    ]
+
+
+def test_a_zip_beside_pictures_is_not_read(tmp_path: Path) -> None:
+    write_classes(tmp_path / "raw", NAMES)
+    put_into_zip(tmp_path / "raw", tmp_path / "raw/class0/more.zip")
+    found = plan(tmp_path / "raw")
+    assert {Path(job.source).name for job in found.jobs} == {"raw"}
+
+
+def test_several_zips_are_named_and_so_is_a_list_beside_one(tmp_path: Path) -> None:
+    write_classes(tmp_path / "raw", NAMES)
+    for name in ("one.zip", "two.zip"):
+        (tmp_path / "around").mkdir(exist_ok=True)
+        put_into_zip(tmp_path / "raw", tmp_path / "around" / name)
+    with pytest.raises(DataError, match=r"2 zips: one\.zip, two\.zip\. Set preprocess\.source"):
+        plan(tmp_path / "around")
+    (tmp_path / "around" / "two.zip").unlink()
+    (tmp_path / "around" / "list.csv").write_text("filename,label\nclass0/00.png,a\n")
+    with pytest.raises(DataError, match=r"the list list\.csv beside the zip one\.zip"):
+        plan(tmp_path / "around")
+
+
+def test_the_shared_photographs_are_read_from_their_zip() -> None:
+    found = plan(shared_data("caltech101_84"), minimum=20)
+    assert found.facts["read_from"] == "images.zip"
+    assert len(splits(found)) > 90

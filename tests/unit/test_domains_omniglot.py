@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.errors import DataError
+from pipeline.core.config import parse_section
+from pipeline.core.errors import ConfigError, DataError
 from pipeline.domains.base import Frame, Plan
 from pipeline.domains.omniglot import Omniglot, OmniglotConfig
 from tests.conftest import shared_data
@@ -114,7 +116,7 @@ def test_lists_decide_by_character(source: Path) -> None:
         val=["A/character02/rot000"],
         test=["A/character03/rot000", "A/character03/rot270"],
     )
-    plan = domain(source, split_dir=lists, rotations="train_only").plan()
+    plan = domain(source, split_dir=lists.name, rotations="train_only").plan()
     assert classes(plan) == {
         "A/character01/rot000": "train",
         "A/character01/rot090": "train",
@@ -137,7 +139,19 @@ def test_lists_decide_by_character(source: Path) -> None:
 def test_bad_lists_are_refused(source: Path, lists: dict[str, list[str]], what: str) -> None:
     folder = write_lists(source / "lists", **lists)
     with pytest.raises(DataError, match=what):
-        domain(source, split_dir=folder, rotations="all").plan()
+        domain(source, split_dir=folder.name, rotations="all").plan()
+
+
+@pytest.mark.parametrize("split_dir", ["/lists", "../lists", "a/../../lists"])
+def test_lists_outside_the_source_are_refused(split_dir: str) -> None:
+    values = {"split_dir": split_dir}
+    with pytest.raises(ConfigError, match=r"split_dir: .* inside preprocess\.source, relative to"):
+        parse_section(values, OmniglotConfig, where="params.yaml: preprocess.omniglot")
+
+
+def test_missing_lists_are_looked_for_in_the_source(source: Path) -> None:
+    with pytest.raises(DataError, match=re.escape(f"{source}/a/lists/train.txt is missing")):
+        domain(source, split_dir="a/lists").plan()
 
 
 def test_missing_archives_are_named(tmp_path: Path) -> None:
@@ -160,7 +174,7 @@ def test_the_real_archives_hold_what_the_papers_say(
     omniglot = shared_data("omniglot")
     options = {key: value for key, value in config.items() if key != "lists"}
     if "lists" in config:
-        options["split_dir"] = omniglot / "splits_vinyals"
+        options["split_dir"] = "splits_vinyals"
     plan = domain(omniglot, minimum=20, **options).plan()
     counted = Counter(classes(plan).values())
     if not config:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from pydantic import ValidationError
 
 from pipeline.core.config import parse_section
 from pipeline.core.errors import ConfigError
@@ -64,6 +65,17 @@ def simulate(
             as_scores(query_class, np.take_along_axis(classes, logits.argmax(-1), axis=1))
         )
     return scores[0], scores[1]
+
+
+@pytest.mark.parametrize(
+    "floors",
+    [{"glyph": {"5w1s": 0.9}}, {"glyphs": {}}, {"glyphs": {"5way": 0.9}}, {"glyphs": {"5w1s": 97}}],
+)
+def test_floors_that_would_hold_for_nothing_are_refused(
+    floors: dict[str, dict[str, float]],
+) -> None:
+    with pytest.raises(ValidationError):
+        GateConfig(floors=floors)
 
 
 CONFIG = GateConfig(floors={"made": {"5w1s": 0.5}}, num_bootstrap=1000)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,12 +43,15 @@ class Quadratic:
     """
 
     scales: Mapping[tuple[int, int], float] = field(default_factory=dict)
+    noise: float = 0.0
+    """Each meta-batch's gradient is multiplied by exp(noise * z), z standard normal."""
     num_groups: int = 4
     items_per_group: int = 2
     unit: str = "tasks"
 
     def gradient(self, params: Params, position: int, group: int) -> GroupGradient:
-        scale = self.scales.get((position, group), 1.0)
+        z = np.random.default_rng(position).standard_normal()
+        scale = self.scales.get((position, group), 1.0) * math.exp(self.noise * z)
         loss = torch.full((2,), float((params["w"] ** 2).sum() / 2) * scale)
         return GroupGradient({"w": 2 * scale * params["w"]}, {"loss": loss, "accuracy": loss * 0})
 
@@ -130,8 +135,13 @@ def test_too_many_spikes_stop_the_run(tmp_path: Path) -> None:
 
 
 def test_a_long_clean_run_raises_no_false_alarm(tmp_path: Path) -> None:
-    state = train(tmp_path, Quadratic(), num_steps=2000, checkpoint_every=500, validate_every=500)
+    """Gradient norms that vary by a factor of ten either way are no spikes; by 1,000, they are."""
+    long = {"num_steps": 5000, "checkpoint_every": 500, "validate_every": 500, "patience": 99}
+    rough = {**long, "lr": 1e-6}
+    state = train(tmp_path / "a", Quadratic(noise=0.7), **rough)
     assert (state.progress.rollbacks, state.progress.skipped) == (0, [])
+    with pytest.raises(TrainingError, match="rollbacks"):
+        train(tmp_path / "b", Quadratic(noise=3.0), **rough)
 
 
 def test_training_stops_early_and_says_why(tmp_path: Path) -> None:

@@ -22,6 +22,8 @@ from pipeline.deploy.registry import (
     Version,
     requirements,
 )
+from pipeline.runtime.mlflow_tracker import _datasets
+from pipeline.runtime.tracking import DataInput, RunStart
 from tests.unit.tiny_learner import base64_png, picture, tiny_bundle
 
 EXAMPLE = [
@@ -206,5 +208,17 @@ def test_a_registry_that_does_not_answer_is_named(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     registry = Registry(tmp_path, "tiny-toy")
-    with pytest.raises(RegistryError, match=r"http://127\.0\.0\.1:9"):
+    told = (
+        r"^the registry at http://127\.0\.0\.1:9 does not answer: .*set MLFLOW_TRACKING_URI right"
+    )
+    with pytest.raises(RegistryError, match=told):
         registry.champion()
+    with pytest.raises(RegistryError, match=told):
+        registry.version(1)
+
+
+def test_an_input_with_quotes_in_its_name_is_recorded_whole(tmp_path: Path) -> None:
+    source, digest = 'data/"raw"\\new\nline', "0" * 64
+    start = RunStart("preprocess", "key", inputs=[DataInput("raw", digest, source)])
+    ((given,),) = [_datasets(start)]
+    assert json.loads(given.dataset.source) == {"uri": source, "sha256": digest}

@@ -358,6 +358,20 @@ def test_code_that_changes_meanwhile_is_refused(
         code.write_text("x = 2\n")
 
 
+def test_params_that_change_meanwhile_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METALOOM_TRACKING", "off")
+    (tmp_path / "params.yaml").write_text("s: {steps: 60}\n")
+    with stage_run("s", Config(), root=tmp_path, code_root=tmp_path):
+        pass
+    with (
+        pytest.raises(TrainingError, match=r"params\.yaml changed while s ran"),
+        stage_run("s", Config(), root=tmp_path, code_root=tmp_path),
+    ):
+        (tmp_path / "params.yaml").write_text("s: {steps: 50}\n")
+
+
 def test_without_mlflow_the_stage_runs_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -381,13 +395,16 @@ def test_dirty_means_sources_not_what_dvc_writes(tmp_path: Path) -> None:
     (tmp_path / "results").mkdir()
     for name in ("dvc.lock", "results/metrics.json", "params.yaml"):
         (tmp_path / name).write_text("{}")
-    lock = {"stages": {"evaluate": {"outs": [{"path": "results"}]}}}
+    lock = {"stages": {"evaluate": {"outs": [{"path": "results"}, {"path": "new/a/m.json"}]}}}
     (tmp_path / "dvc.lock").write_text(json.dumps(lock))
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "a")
     assert not lineage.git_state(tmp_path).dirty
     (tmp_path / "dvc.lock").write_text(json.dumps({**lock, "schema": "2.0"}))
     (tmp_path / "results/metrics.json").write_text("[]")
+    assert not lineage.git_state(tmp_path).dirty
+    (tmp_path / "new/a").mkdir(parents=True)  # git shows a new folder as one entry, unless asked
+    (tmp_path / "new/a/m.json").write_text("{}")
     assert not lineage.git_state(tmp_path).dirty
     (tmp_path / "params.yaml").write_text("a: 1")
     assert lineage.git_state(tmp_path).dirty
