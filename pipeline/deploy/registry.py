@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -279,7 +280,7 @@ class Registry:
         """Log the bundle with the code that serves it, as an MLflow model of a run."""
         import mlflow
 
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, _no_bytecode():
             code = _stage_code(Path(scratch))
             with _run(self._client, experiment_id(self._client, self._root), run_id):
                 mlflow.log_text(bundle.card, f"model_{CARD}")
@@ -295,6 +296,17 @@ class Registry:
         with tempfile.TemporaryDirectory() as scratch:
             parts = _pyfunc(bundle, code_root() / "pipeline", Path(scratch))
             mlflow.pyfunc.save_model(path=str(target), **parts)
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """MLflow tries the model where it is kept; compiled files must not get into the artefact."""
+    before = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _stage_code(scratch: Path) -> Path:

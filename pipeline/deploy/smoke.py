@@ -164,7 +164,8 @@ def serve_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Ours, with this Python's commands first: MLflow starts `uvicorn` by name."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    return {**kept, **environment, "PATH": path}
+    # A local registry serves its own files: running them must not leave compiled ones beside them.
+    return {**kept, **environment, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def free_port() -> int:

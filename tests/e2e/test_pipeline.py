@@ -42,7 +42,7 @@ def environment(folder: Path) -> dict[str, str]:
         **{
             k: v
             for k, v in os.environ.items()
-            if not k.startswith(("METALOOM_", "MLFLOW_", "DVC_"))
+            if not k.startswith(("METALOOM_", "MLFLOW_", "DVC_", "PYTHON"))
         },
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(folder),
