@@ -116,7 +116,7 @@ def deploy(
             run_id=runs.child if runs else None,
             tags={**_lineage(root, candidate), **(tags or {})},
         )
-        decision = _judge(config, sources, candidate, registry, version)
+        decision = _judge(config, candidate, registry, version)
         smoke = _try(config, registry, version, trial)
     registry.tag(version, _decision_tags(decision, smoke))
     if smoke.passed:
@@ -173,7 +173,6 @@ def _trial(candidate: Candidate, max_queries: int) -> Trial:
 
 def _judge(
     config: DeployConfig,
-    sources: Sources,
     candidate: Candidate,
     registry: Registry,
     version: Version,

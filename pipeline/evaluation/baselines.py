@@ -9,7 +9,6 @@ import torch
 
 from pipeline.algorithms.nearest_centroid import NearestCentroid
 from pipeline.backbones.table import BackboneSpec, build_model, init_params
-from pipeline.core.functional import BACKBONE
 from pipeline.engine.learner import Learner, load_learner
 from pipeline.engine.population import population_statistics
 from pipeline.runtime.context import SINGLE, Context
@@ -59,8 +58,3 @@ def untrained(learner: Learner, store: Store, *, seed: int, context: Context = S
         statistics = population_statistics(learner, params, store, context)
     model = learner.model.with_statistics(statistics)
     return replace(learner, params=params, model=model, origin={"untrained_seed": seed})
-
-
-def num_backbone_params(learner: Learner) -> int:
-    """Learned numbers in the backbone."""
-    return sum(v.numel() for n, v in learner.params.items() if n.startswith(BACKBONE))
