@@ -38,12 +38,10 @@ class MLP(nn.Module):
         self.norms = nn.ModuleList(BatchNorm(f"norms.{i}", b) for i, b in enumerate(config.hidden))
         self.feature_dim = sizes[-1]
 
-    def forward(
-        self, x: Tensor, statistics: Statistics | None = None, keep: bool = False
-    ) -> tuple[Tensor, Statistics]:
+    def forward(self, x: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Statistics]:
         """Features [B, D] of pictures [B, C, H, W], and the statistics of this batch."""
         collected: Statistics = {}
         x = x.flatten(1)
         for layer, norm in zip(self.layers, self.norms, strict=True):
-            x = F.relu(norm(layer(x), statistics, collected, keep))
+            x = F.relu(norm(layer(x), statistics, collected))
         return x, collected

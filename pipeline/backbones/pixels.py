@@ -21,8 +21,6 @@ class Pixels(nn.Module):
         super().__init__()
         self.feature_dim = math.prod(image_shape)
 
-    def forward(
-        self, x: Tensor, statistics: Statistics | None = None, keep: bool = False
-    ) -> tuple[Tensor, Statistics]:
+    def forward(self, x: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Statistics]:
         """Features [B, D] of inputs [B, ...]; there are no statistics."""
         return x.flatten(1), {}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
 import torch.nn.functional as F
 from annotated_types import Len
 from pydantic import PositiveInt
 from torch import Tensor, nn
 
+from pipeline.backbones.convolution import Convolution
+from pipeline.backbones.layout import channels_last
 from pipeline.backbones.norm import BatchNorm
 from pipeline.core.config import Section
 from pipeline.core.types import Statistics
@@ -26,19 +27,15 @@ class _Block(nn.Module):
     def __init__(self, name: str, before: int, after: int) -> None:
         super().__init__()
         sizes = [before, after, after]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(size, after, 3, padding=1, bias=False) for size in sizes
-        )
+        self.convs = nn.ModuleList(Convolution(size, after) for size in sizes)
         self.norms = nn.ModuleList(BatchNorm(f"{name}.norms.{i}", after) for i in range(3))
-        self.shortcut = nn.Conv2d(before, after, 1, bias=False)
+        self.shortcut = Convolution(before, after, side=1)
         self.shortcut_norm = BatchNorm(f"{name}.shortcut_norm", after)
 
-    def forward(
-        self, x: Tensor, statistics: Statistics | None, collected: Statistics, keep: bool
-    ) -> Tensor:
-        identity = self.shortcut_norm(self.shortcut(x), statistics, collected, keep)
+    def forward(self, x: Tensor, statistics: Statistics | None, collected: Statistics) -> Tensor:
+        identity = self.shortcut_norm(self.shortcut(x), statistics, collected)
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            x = norm(conv(x), statistics, collected, keep)
+            x = norm(conv(x), statistics, collected)
             if i < 2:
                 x = F.leaky_relu(x, 0.1)
         return F.max_pool2d(F.leaky_relu(x + identity, 0.1), 2)
@@ -61,12 +58,10 @@ class ResNet12(nn.Module):
         )
         self.feature_dim = config.widths[-1]
 
-    def forward(
-        self, x: Tensor, statistics: Statistics | None = None, keep: bool = False
-    ) -> tuple[Tensor, Statistics]:
+    def forward(self, x: Tensor, statistics: Statistics | None = None) -> tuple[Tensor, Statistics]:
         """Features [B, D] of pictures [B, C, H, W], and the statistics of this batch."""
         collected: Statistics = {}
-        x = x.contiguous(memory_format=torch.channels_last)  # 1.5x on CPUs
+        x = channels_last(x)
         for block in self.blocks:
-            x = block(x, statistics, collected, keep)
+            x = block(x, statistics, collected)
         return x.mean(dim=(2, 3)), collected

@@ -22,6 +22,8 @@ running: population statistics of training episodes, fixed before any test examp
 of the episode's own queries, which lets the queries inform each other.
 """
 
+Precision = Literal["fp32", "bf16"]
+
 BACKBONE = "backbone."
 
 
@@ -30,41 +32,43 @@ class Model:
     """A backbone without weights of its own, and the rule by which its batch norms work."""
 
     skeleton: nn.Module
-    """Called as skeleton(x, statistics, keep) -> (features, statistics); lives on `meta`."""
+    """Called as skeleton(x, statistics) -> (features, statistics); lives on `meta`."""
     feature_dim: int
     batch_norm: BatchNormMode
     statistics: Statistics | None = None
     """Population statistics, once measured; only mode `running` uses them."""
+    precision: Precision = "fp32"
+    """Of the network's convolutions and matrix products; all else is computed in fp32."""
 
     def with_statistics(self, statistics: Statistics | None) -> Model:
         """This model with other population statistics (None: as in training)."""
         return replace(self, statistics=statistics)
 
     def features(
-        self, params: Params, x: Tensor, statistics: Statistics | None = None, *, keep: bool = False
+        self, params: Params, x: Tensor, statistics: Statistics | None = None
     ) -> tuple[Tensor, Statistics]:
         """Features [B, D] of pictures [B, C, H, W], and the statistics of this batch.
 
         Args:
             statistics: normalise with these; None: with the batch's own.
-            keep: return statistics that gradients flow through (slower).
         """
         weights = {
             name.removeprefix(BACKBONE): value
             for name, value in params.items()
             if name.startswith(BACKBONE)
         }
-        result: tuple[Tensor, Statistics] = functional_call(
-            self.skeleton, weights, (x, statistics, keep), strict=True
-        )
-        return result
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            features, collected = functional_call(
+                self.skeleton, weights, (x, statistics), strict=True
+            )
+        return features.to(x.dtype), collected
 
     def embed_support(self, params: Params, x: Tensor) -> tuple[Tensor, Statistics | None]:
         """Support features [S, D], and the statistics with which queries are to be normalised."""
         if self.batch_norm == "running" and self.statistics is not None:
             return self.features(params, x, self.statistics)[0], self.statistics
         if self.batch_norm == "inductive_support":
-            return self.features(params, x, keep=torch.is_grad_enabled())
+            return self.features(params, x)
         return self.features(params, x)[0], None
 
     def embed_query(self, params: Params, x: Tensor, statistics: Statistics | None) -> Tensor:

@@ -26,7 +26,7 @@ from pipeline.core.files import canonical_json, read_json, verify
 from pipeline.core.functional import Model
 from pipeline.core.types import Params, Statistics
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 WEIGHTS, DESCRIPTION = "weights.safetensors", "learner.json"
 _PARAMS, _STATISTICS = "params/", "statistics/"
 

@@ -57,6 +57,9 @@ def _start(job: Job, rank: int, config_file: Path, folder: Path) -> subprocess.P
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", _LOOPBACK),
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
+        # Freed activations stay with the process: taking fresh pages costs a tenth of the time.
+        "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+        "MALLOC_TRIM_THRESHOLD_": str(2**30),
     }
     if rank == 0:  # the worker that shows progress keeps the terminal
         return subprocess.Popen(command, env=environment)

@@ -58,7 +58,7 @@ def blobs(ways: int, each: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tens
     """uint8 pictures of `ways` well separated classes, [ways * each, 1, 16, 16], and labels."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randint(0, 256, (ways, 1, *SHAPE), generator=generator).float()
-    pictures = centres + 25 * torch.randn(ways, each, *SHAPE, generator=generator)
+    pictures = centres + 8 * torch.randn(ways, each, *SHAPE, generator=generator)
     labels = torch.arange(ways).repeat_interleave(each)
     return pictures.clamp(0, 255).to(torch.uint8).flatten(0, 1), labels
 

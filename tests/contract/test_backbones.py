@@ -38,9 +38,6 @@ def test_features(name: str, settings: dict[str, Any], image_shape: tuple[int, i
     assert features.shape == (6, model.feature_dim)
     again, _ = model.features(params, x, statistics)
     torch.testing.assert_close(again, features, rtol=1e-3, atol=1e-4)
-    kept, differentiable = model.features(params, x, keep=True)
-    torch.testing.assert_close(kept, features, rtol=1e-3, atol=1e-4)
-    assert set(differentiable) == set(statistics)
     one_by_one = torch.cat([model.features(params, row[None], statistics)[0] for row in x])
     torch.testing.assert_close(one_by_one, again, rtol=1e-4, atol=1e-5)
 
@@ -76,7 +73,7 @@ def test_conv4_is_the_network_of_the_papers() -> None:
     for i in range(4):
         conv, norm = nn.Conv2d(1 if i == 0 else 64, 64, 3, padding=1), nn.BatchNorm2d(64)
         conv.weight.data = params[f"backbone.convs.{i}.weight"]
-        conv.bias.data = params[f"backbone.convs.{i}.bias"]  # type: ignore[union-attr]
+        assert conv.bias is not None  # any bias will do: batch norm takes it out again
         blocks += [conv, norm, nn.ReLU(), nn.MaxPool2d(2)]
     x = torch.randn(5, 1, 28, 28)
     expected = nn.Sequential(*blocks, nn.Flatten())(x)

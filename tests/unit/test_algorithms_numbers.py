@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.algorithms.maml import MAML, inner_sgd
+from pipeline.algorithms.maml import MAML
 from pipeline.algorithms.nearest_centroid import NearestCentroid
 from pipeline.algorithms.protonet import ProtoNet, prototypes, squared_distances
 from pipeline.backbones.table import BackboneSpec, build_model, init_params
@@ -28,26 +28,6 @@ def test_distances_match_the_plain_formula() -> None:
     a, b = torch.randn(6, 4).double(), torch.randn(3, 4).double()
     plain = (a[:, None] - b[None]).pow(2).sum(-1)
     torch.testing.assert_close(squared_distances(a, b), plain, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("first_order", [False, True])
-@pytest.mark.parametrize("num_steps", [1, 4])
-def test_maml_on_a_quadratic_matches_the_closed_form(first_order: bool, num_steps: int) -> None:
-    """Losses a/2 (w - c)^2 and b/2 (w - d)^2: w_k - c = (1 - lr a)^k (w - c), and the query loss's
-    gradient is b (w_k - d), times dw_k/dw = (1 - lr a)^k in second order and 1 in first."""
-    a, b, c, d, lr, w = 0.7, 1.3, 0.4, -0.6, 0.3, 2.0
-    start = {"w": torch.tensor(w, dtype=torch.float64, requires_grad=True)}
-    fast = inner_sgd(
-        lambda p: a / 2 * (p["w"] - c) ** 2,
-        start,
-        lr=lr,
-        num_steps=num_steps,
-        first_order=first_order,
-    )
-    (gradient,) = torch.autograd.grad(b / 2 * (fast["w"] - d) ** 2, start["w"])
-    shrink = (1 - lr * a) ** num_steps
-    expected = b * (c + shrink * (w - c) - d) * (1.0 if first_order else shrink)
-    assert gradient.item() == pytest.approx(expected, rel=1e-12)
 
 
 def small_task(ways: int = 3, shots: int = 2, queries: int = 2) -> Task:

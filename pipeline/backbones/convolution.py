@@ -1,0 +1,122 @@
+"""Convolution whose second derivative is as fast as its first.
+
+B examples, I input channels, O output channels, H and W pixels, K kernel side, T tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
+
+_aten = torch.ops.aten
+
+
+class Convolution(nn.Module):
+    """K x K convolution with stride 1, zero padding that keeps the size, and no bias.
+
+    There is no bias because the batch norm behind it subtracts the mean.
+    """
+
+    def __init__(self, before: int, after: int, side: int = 3) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(after, before, side, side))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv2d's own rule
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, O, H, W] of [B, I, H, W]."""
+        weight: Tensor = self.weight
+        if torch.is_autocast_enabled(x.device.type):  # which does not see into our own functions
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(dtype), weight.to(dtype)
+        result: Tensor = _Convolve.apply(x, weight, 1)  # type: ignore[no-untyped-call]
+        return result
+
+
+def _convolve(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=groups)
+
+
+def _gradients(
+    g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """Cotangents of x and weight, where wanted, for the cotangent g of their convolution."""
+    pad = weight.shape[-1] // 2
+    mask = [*wanted, False]
+    ones = [1, 1]
+    result: tuple[Tensor, Tensor, Tensor] = _aten.convolution_backward(
+        g, x, weight, None, ones, [pad, pad], ones, False, [0, 0], groups, mask
+    )
+    return result[0], result[1]
+
+
+class _Convolve(Function):
+    """y = x * w; PyTorch's own second derivative takes slow paths for small batches on CPUs."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+        return _convolve(x, weight, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, ctx.groups = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        gx, gw = _ConvolveBackward.apply(g, x, weight, ctx.groups, ctx.needs_input_grad[0])  # type: ignore[no-untyped-call]
+        return gx, gw, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, weight: Tensor, groups: int) -> Any:
+        """Tasks become examples where they share weights, and groups where they do not."""
+        if in_dims[1] is None:
+            x = x.movedim(in_dims[0], 0)
+            y = _Convolve.apply(x.flatten(0, 1), weight, groups)  # type: ignore[no-untyped-call]
+            return y.unflatten(0, x.shape[:2]), 0
+        weight = weight.movedim(in_dims[1], 0)
+        tasks = len(weight)
+        x = x.expand(tasks, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        folded_x, folded_w = x.movedim(0, 1).flatten(1, 2), weight.flatten(0, 1)
+        y = _Convolve.apply(folded_x, folded_w, groups * tasks)  # type: ignore[no-untyped-call]
+        return y.unflatten(1, (tasks, -1)), 1
+
+
+class _ConvolveBackward(Function):
+    """(gx, gw) of (g, x, w), linear in g; its own gradient is four more convolutions.
+
+    With s = <u, gx> + <v, gw>: ds/dg = u * w + x * v; ds/dx and ds/dw are the input and weight
+    gradients of convolutions with v for w and u for x.
+    """
+
+    @staticmethod
+    def forward(
+        g: Tensor, x: Tensor, weight: Tensor, groups: int, wants_x: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _gradients(g, x, weight, groups, (wants_x, True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        g, x, weight, ctx.groups, ctx.wants_x = inputs
+        ctx.save_for_backward(g, x, weight)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, u: Tensor | None, v: Tensor | None) -> tuple[Tensor | None, ...]:
+        g, x, weight = ctx.saved_tensors
+        gg = gx = gw = None
+        if u is not None:
+            gg = _convolve(u, weight, ctx.groups)
+            gw = _gradients(g, u, weight, ctx.groups, (False, True))[1]
+        if v is not None:
+            more = _convolve(x, v, ctx.groups)
+            gg = more if gg is None else gg.add_(more)
+            if ctx.needs_input_grad[1]:
+                gx = _gradients(g, x, v, ctx.groups, (True, False))[0]
+        return gg, gx, gw, None, None
