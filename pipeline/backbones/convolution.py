@@ -30,7 +30,7 @@ class Convolution(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, O, H, W] of [B, I, H, W]."""
         weight: Tensor = self.weight
-        if torch.is_autocast_enabled(x.device.type):  # which does not see into our own functions
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it does not see _Convolve
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)
         result: Tensor = _Convolve.apply(x, weight, 1)  # type: ignore[no-untyped-call]

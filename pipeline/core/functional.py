@@ -5,8 +5,9 @@ S support examples, Q query examples, D features.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -57,11 +58,16 @@ class Model:
             for name, value in params.items()
             if name.startswith(BACKBONE)
         }
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with self._autocast(x):
             features, collected = functional_call(
                 self.skeleton, weights, (x, statistics), strict=True
             )
         return features.to(x.dtype), collected
+
+    def _autocast(self, x: Tensor) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(x.device.type, torch.bfloat16)
 
     def embed_support(self, params: Params, x: Tensor) -> tuple[Tensor, Statistics | None]:
         """Support features [S, D], and the statistics with which queries are to be normalised."""

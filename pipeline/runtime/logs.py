@@ -36,6 +36,17 @@ def run_main(main: Callable[[], None]) -> None:
         raise SystemExit(130) from None
 
 
+def say(event: str, **values: float | str) -> None:
+    """One line about what a run does: text on a terminal, JSON on stderr where there is none."""
+    if sys.stderr.isatty():
+        text = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
+        )
+        print(f"{event}: {text}", file=sys.stderr)
+    else:
+        print(json.dumps({"event": event, **values}), file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress(label: str, *, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
     """A live bar with rate and ETA on a terminal; JSON lines on stderr where there is none.

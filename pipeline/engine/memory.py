@@ -1,0 +1,122 @@
+"""How much memory a gradient will take, known before it is computed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.algorithms.base import Algorithm
+from pipeline.core.functional import Model
+from pipeline.core.types import Params, Statistics, Task
+
+
+class _Ledger:
+    """Storages that graphs hold on to, each counted once, now and at most."""
+
+    def __init__(self) -> None:
+        self.holders: dict[int, int] = {}
+        self.now = self.most = self.largest = 0
+
+    def take(self, tensor: Tensor) -> tuple[int, int]:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.holders:
+            self.now += size
+            self.most = max(self.most, self.now)
+            self.largest = max(self.largest, size)
+        self.holders[key] = self.holders.get(key, 0) + 1
+        return key, size
+
+    def drop(self, key: int, size: int) -> None:
+        self.holders[key] -= 1
+        if not self.holders[key]:
+            del self.holders[key]
+            self.now -= size
+
+
+class _Held:
+    def __init__(self, tensor: Tensor, ledger: _Ledger) -> None:
+        self.tensor, self._ledger = tensor, ledger
+        self._entry = ledger.take(tensor)
+
+    def __del__(self) -> None:
+        self._ledger.drop(*self._entry)
+
+
+@contextmanager
+def _watched() -> Iterator[_Ledger]:
+    ledger = _Ledger()
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: _Held(tensor, ledger), lambda held: held.tensor
+    ):
+        yield ledger
+
+
+_TEMPORARIES = 4
+"""Tensors of the largest size that an operation holds beside the graph."""
+
+
+def planned_bytes(
+    gradient: Callable[[Algorithm, Model, Params, Task], object],
+    algorithm: Algorithm,
+    model: Model,
+    params: Params,
+    task: Task,
+) -> int:
+    """Most bytes that a gradient of one task takes above its inputs.
+
+    The gradient runs on tensors without data (PyTorch's `meta` device), so that nothing is computed
+    and nothing allocated; what its graphs hold at any moment is counted, each storage once.
+    """
+    shapes = {n: torch.empty_like(p, device="meta") for n, p in params.items()}
+    empty = Task(
+        support_x=task.support_x.to("meta"),
+        support_y=task.support_y.to("meta"),
+        query_x=task.query_x.to("meta"),
+        query_y=task.query_y.to("meta"),
+        num_ways=task.num_ways,
+    )
+    statistics = model.statistics
+    if statistics is not None:
+        statistics = {n: s.to("meta") for n, s in statistics.items()}
+    with _watched() as ledger:
+        gradient(algorithm, model.with_statistics(statistics), shapes, empty)
+    return ledger.most + _TEMPORARIES * ledger.largest + 2 * bytes_of(params)
+
+
+def bytes_of(params: Params | Statistics) -> int:
+    """Bytes of all tensors."""
+    return sum(p.nbytes for p in params.values())
+
+
+def free_bytes(device: torch.device, num_workers: int) -> int:
+    """Memory that this worker may count on: free on its GPU, or its share of the machine's."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    return _free_on_machine() // num_workers
+
+
+def _free_on_machine() -> int:
+    """Least of what the kernel calls available and what the control group leaves."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free = int(line.split()[1]) * 1024
+    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        free = min(free, int(text) - int(used.read_text()))
+    return max(0, free)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocator refused: a GPU's by its own class, the CPU's by its text alone."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,50 @@
+"""The engine of a run: computes group after group, and goes on when memory runs out once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.algorithms.base import Algorithm
+from pipeline.core.errors import TrainingError
+from pipeline.core.functional import Model
+from pipeline.core.types import Params, Task
+from pipeline.engine.memory import is_out_of_memory
+from pipeline.engine.meta_gradient import Engine, GroupGradient, meta_gradient
+from pipeline.runtime.logs import say
+
+
+class Runner:
+    """`meta_gradient` with an engine that halves its chunk once if the plan was too bold."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._halved = False
+
+    def __call__(
+        self, algorithm: Algorithm, model: Model, params: Params, tasks: Sequence[Task]
+    ) -> GroupGradient:
+        """The gradient of a group.
+
+        Raises:
+            TrainingError: there is too little memory for the smaller chunk too.
+        """
+        try:
+            return meta_gradient(algorithm, model, params, tasks, self.engine)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self.engine = self._smaller(len(tasks), str(error))
+        return self(algorithm, model, params, tasks)
+
+    def _smaller(self, num_tasks: int, why: str) -> Engine:
+        size = (self.engine.chunk or num_tasks) if self.engine.at_once else 1
+        if self._halved or size == 1:
+            raise TrainingError(
+                f"out of memory with {size} task(s) at once by strategy {self.engine.strategy!r}: "
+                f"{why.splitlines()[0]} Set meta_train.engine.strategy to split, which needs "
+                "least, lower meta_train.engine.chunk, or take smaller episodes."
+            ) from None
+        self._halved = True
+        say("engine", out_of_memory=why.splitlines()[0], chunk=size // 2)
+        return replace(self.engine, chunk=size // 2)

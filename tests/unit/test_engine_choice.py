@@ -1,0 +1,229 @@
+"""Memory is planned, the choice is remembered and the same on every worker, and a refusal is met."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.algorithms.maml import MAML
+from pipeline.algorithms.protonet import ProtoNet
+from pipeline.backbones.table import BackboneSpec, build_model, init_params
+from pipeline.core.errors import ConfigError
+from pipeline.core.functional import Model
+from pipeline.core.types import Params, Task
+from pipeline.engine.choice import EngineConfig, _plan, choose_engine, example_group
+from pipeline.engine.memory import free_bytes, planned_bytes
+from pipeline.engine.meta_gradient import Engine, meta_gradient
+from pipeline.runtime.context import SINGLE
+from pipeline.tasks.spec import EpisodeSpec
+
+SHAPE = (1, 16, 16)
+SPEC = EpisodeSpec(ways=3, shots=2, queries=4)
+
+
+def parts(algorithm: MAML | ProtoNet, num_tasks: int = 1) -> tuple[Model, Params, list[Task]]:
+    backbone = BackboneSpec(name="conv4", settings={"width": 8}, image_shape=SHAPE)
+    model = build_model(backbone, algorithm.batch_norm)
+    own = algorithm.init(model.feature_dim, torch.Generator().manual_seed(0))
+    params = {**init_params(backbone, 0), **own}
+    return model, params, example_group(SPEC, SHAPE, num_tasks, torch.device("cpu"))
+
+
+def choose(algorithm: MAML | ProtoNet, memory: Path, num_tasks: int = 1, **settings: Any) -> Engine:
+    model, params, tasks = parts(algorithm, num_tasks)
+    config = EngineConfig(**settings)
+    return choose_engine(config, algorithm, model, params, tasks, SINGLE, memory=memory)
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    (line,) = [line for line in lines if line["event"] == "engine"]
+    return line
+
+
+def test_the_choice_is_said_and_remembered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = tmp_path / "engine.json"
+    first = choose(MAML(num_inner_steps=2), memory)
+    line = said(capsys)
+    assert {"loop", "split"} <= set(line)
+    assert line["strategy"] == first.strategy
+    (key,) = json.loads(memory.read_text())
+    document = json.loads(memory.read_text())
+    other = "split" if first.strategy == "loop" else "loop"
+    document[key]["engine"]["strategy"] = other
+    memory.write_text(json.dumps(document))
+    assert choose(MAML(num_inner_steps=2), memory).strategy == other
+    assert said(capsys)["why"].startswith("remembered")
+    choose(MAML(num_inner_steps=3), memory)
+    assert said(capsys)["why"].startswith("fastest"), "another algorithm is another choice"
+    assert len(json.loads(memory.read_text())) == 2
+
+
+def test_a_metric_learner_has_one_strategy_a_task_and_an_asked_for_one_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = tmp_path / "engine.json"
+    assert choose(ProtoNet(), memory).strategy == "loop"
+    assert "only one that applies" in said(capsys)["why"]
+    assert choose(MAML(first_order=True), memory).strategy == "loop"
+    asked = choose(MAML(), memory, 4, strategy="vmap_split", chunk=3, precision="bf16")
+    assert asked == Engine(strategy="vmap_split", chunk=3, precision="bf16")
+
+
+def test_a_spoilt_memory_is_named(tmp_path: Path) -> None:
+    memory = tmp_path / "engine.json"
+    choose(MAML(num_inner_steps=2), memory)
+    document = json.loads(memory.read_text())
+    for entry in document.values():
+        entry["engine"] = {"strategy": "magic"}
+    memory.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"engine\.json holds.*Remove the file"):
+        choose(MAML(num_inner_steps=2), memory)
+
+
+@pytest.mark.parametrize("strategy", ["vmap", "vmap_split"])
+def test_the_chunk_is_as_many_tasks_as_fit(strategy: Any) -> None:
+    algorithm = MAML(num_inner_steps=2)
+    model, params, tasks = parts(algorithm, 8)
+
+    def plan(budget: int) -> tuple[Engine, int]:
+        return _plan(strategy, EngineConfig(), algorithm, model, params, tasks, budget)
+
+    roomy, all_bytes = plan(2**34)
+    assert roomy.chunk == 8
+    half, half_bytes = plan(all_bytes // 2)
+    assert half.chunk == 4
+    assert half_bytes == all_bytes // 2
+    assert plan(0)[0].chunk == 1
+
+
+def test_little_memory_keeps_fewer_copies_of_the_weights() -> None:
+    algorithm = MAML(num_inner_steps=16)
+    model, params, tasks = parts(algorithm)
+    config = EngineConfig()
+    roomy, much = _plan("split", config, algorithm, model, params, tasks, 2**34)
+    tight, less = _plan("split", config, algorithm, model, params, tasks, 1000)
+    assert (roomy.stride, tight.stride) == (1, 4)
+    assert less < much
+
+
+def test_with_too_little_memory_for_any_strategy_the_least_hungry_one_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = choose(MAML(num_inner_steps=12), tmp_path / "e.json", memory_share=1e-9)
+    assert engine.strategy == "split"
+    assert "more than the" in said(capsys)["why"]
+
+
+MEASURE = """
+import resource, sys
+from pipeline.engine.memory import planned_bytes
+from tests.unit.test_engine_choice import *
+torch.set_num_threads(1)
+algorithm = MAML(num_inner_steps=int(sys.argv[2]), batch_norm="transductive")
+backbone = BackboneSpec(name="conv4", settings={"width": 64}, image_shape=(1, 28, 28))
+model = build_model(backbone, algorithm.batch_norm)
+own = algorithm.init(model.feature_dim, torch.Generator().manual_seed(0))
+params = {**init_params(backbone, 0), **own}
+big, small = EpisodeSpec(ways=5, shots=1, queries=15), EpisodeSpec(ways=2, shots=1, queries=1)
+def gradient(algorithm, model, params, task):
+    return meta_gradient(algorithm, model, params, [task], Engine(strategy=sys.argv[1]))
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+(task,) = example_group(big, (1, 28, 28), 1, torch.device("cpu"))
+plan = planned_bytes(gradient, algorithm, model, params, task)
+gradient(algorithm, model, params, *example_group(small, (1, 28, 28), 1, torch.device("cpu")))
+before = peak()
+gradient(algorithm, model, params, task)
+print(plan, peak() - before)
+"""
+
+
+@pytest.mark.parametrize(("strategy", "steps"), [("loop", 1), ("loop", 8), ("split", 8)])
+def test_the_plan_covers_what_the_process_really_takes(strategy: str, steps: int) -> None:
+    """Peak resident memory of a process of its own; a plan of many times that would waste memory."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, strategy, str(steps)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    planned, real = map(int, done.stdout.split())
+    assert real <= planned <= 2.5 * real
+
+
+REFUSED = """
+import resource
+from pipeline.engine.runner import Runner
+from tests.unit.test_engine_choice import *
+torch.set_num_threads(1)
+algorithm = MAML(num_inner_steps=1, batch_norm="transductive")
+backbone = BackboneSpec(name="conv4", settings={"width": 64}, image_shape=(1, 28, 28))
+model = build_model(backbone, algorithm.batch_norm)
+own = algorithm.init(model.feature_dim, torch.Generator().manual_seed(0))
+params = {**init_params(backbone, 0), **own}
+spec = EpisodeSpec(ways=5, shots=1, queries=15)
+tasks = example_group(spec, (1, 28, 28), 8, torch.device("cpu"))
+runner = Runner(Engine(strategy="vmap"))
+one = Runner(Engine(strategy="vmap", chunk=1))(algorithm, model, params, tasks)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + MIB * 2**20, resource.RLIM_INFINITY))
+found = runner(algorithm, model, params, tasks)
+for name, value in one.gradient.items():
+    torch.testing.assert_close(found.gradient[name], value, rtol=1e-3, atol=1e-4)
+print(runner.engine.chunk)
+"""
+
+
+def refused(limit_mib: int) -> subprocess.CompletedProcess[str]:
+    """8 tasks at once need some 900 MiB, 4 need half of it: the kernel refuses what is above."""
+    return subprocess.run(
+        [sys.executable, "-c", REFUSED.replace("MIB", str(limit_mib))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_out_of_memory_halves_the_chunk_once_and_says_so() -> None:
+    done = refused(600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["4"]
+    line = json.loads(done.stderr.splitlines()[-1])
+    assert line["chunk"] == 4
+    assert "can't allocate memory" in line["out_of_memory"]
+
+
+def test_out_of_memory_twice_is_an_error_that_says_how_to_mend_it() -> None:
+    done = refused(150)
+    assert done.returncode != 0
+    assert "TrainingError: out of memory with 4 task(s) at once by strategy 'vmap'" in done.stderr
+    assert "Set meta_train.engine.strategy to split" in done.stderr
+
+
+def test_free_memory_is_shared_by_workers() -> None:
+    alone = free_bytes(torch.device("cpu"), 1)
+    assert 0 < alone < 2**50
+    assert free_bytes(torch.device("cpu"), 4) == pytest.approx(alone / 4, rel=0.2)
+
+
+def test_planning_computes_nothing() -> None:
+    """Tensors without data go in, so that no number of theirs can have been looked at."""
+    algorithm = MAML(num_inner_steps=2)
+    model, params, (task,) = parts(algorithm)
+    seen = []
+
+    def gradient(algorithm: Any, model: Model, params: Params, task: Task) -> None:
+        seen.extend([*params.values(), *task[:4]])
+        meta_gradient(algorithm, model, params, [task])
+
+    assert planned_bytes(gradient, algorithm, model, params, task) > 0
+    assert all(t.is_meta for t in seen)
