@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.bench-installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup repro test test-slow lint format ui clean doctor
+.PHONY: help setup repro test test-slow lint format bench bench-check ui clean doctor
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -40,6 +41,17 @@ lint: $(STAMP)  ## ruff, mypy --strict, import-linter
 format: $(STAMP)  ## let ruff put the code in order
 	ruff check --fix .
 	ruff format .
+
+bench: $(BENCH_STAMP)  ## meta-gradients per second, beside other libraries: docs/results.md
+	python -m benchmarks.contest
+	python -m benchmarks.report
+
+bench-check: $(BENCH_STAMP)  ## fail if ours became slower against the eager loop
+	python -m benchmarks.check
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	touch $(BENCH_STAMP)
 
 ui: $(STAMP)  ## MLflow's page, on this machine only
 	metaloom ui

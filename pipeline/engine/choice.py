@@ -121,7 +121,8 @@ def _remembered_or_new(
         say("engine", strategy=choice.engine.strategy, why=f"remembered: {choice.reason}")
         return choice.engine
     choice = _decide(config, algorithm, model, params, tasks, context)
-    say("engine", strategy=choice.engine.strategy, why=choice.reason, **choice.tasks_per_second)
+    rates = {f"{n}_tasks_per_second": rate for n, rate in choice.tasks_per_second.items()}
+    say("engine", strategy=choice.engine.strategy, why=choice.reason, **rates)
     if config.strategy == "auto":
         write_json(memory, {**known, key: asdict(choice)})
     return choice.engine

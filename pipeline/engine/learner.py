@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,18 @@ class Preprocessing(Section):
                 f"this learner takes uint8 pictures of shape {self.image_shape}, not {x.dtype} "
                 f"{tuple(x.shape[-3:])}. Resize and convert them as the store does."
             )
-        scale = torch.tensor([1 / (255 * s) for s in self.std], device=x.device).view(-1, 1, 1)
-        shift = torch.tensor(
-            [-m / s for m, s in zip(self.mean, self.std, strict=True)], device=x.device
-        ).view(-1, 1, 1)
+        scale, shift = _scale_and_shift(tuple(self.mean), tuple(self.std), x.device)
         return x.to(torch.float32) * scale + shift
+
+
+@lru_cache(maxsize=64)
+def _scale_and_shift(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """[C, 1, 1] each; kept, because making a tensor on a GPU from Python's numbers waits for it."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device)
+    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=device)
+    return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
 
 
 class LearnerCard(Section):

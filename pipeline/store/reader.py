@@ -1,18 +1,19 @@
 """A store, opened: every byte verified first, then memory-mapped.
 
-C channels, H and W pixels, R rows.
+C channels, H and W pixels, R rows, B bytes of one picture (C * H * W).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from numpy.lib.stride_tricks import as_strided
 
 from pipeline.core.errors import ArtefactError
 from pipeline.core.files import canonical_json, sha256_bytes, verify
@@ -34,6 +35,19 @@ class StoredClass:
     count: int
 
 
+class _Window(NamedTuple):
+    """All shards as one array, so that one gather reads from any number of them.
+
+    Each shard is mapped somewhere of its own. A picture is taken to begin at every byte from the
+    lowest map on; only the places where one really begins are ever read.
+    """
+
+    pictures: npt.NDArray[np.void]
+    """One item of B bytes at every byte"""
+    shifts: npt.NDArray[np.int64]
+    """Row r of shard s begins at byte r * B + shifts[s]."""
+
+
 @dataclass(frozen=True)
 class Store:
     """Pictures of labelled classes, sorted by (split, group, class)."""
@@ -51,20 +65,38 @@ class Store:
     digest: str
     """SHA-256 over the header and the shards' hashes: the same digest, the same content."""
     _images: tuple[Pixels, ...] = field(repr=False)
+    _window: _Window = field(repr=False)
     _names: tuple[Any, ...] = field(repr=False)
     _rows_per_shard: int = field(repr=False)
 
     def gather(self, rows: Rows) -> Pixels:
-        """Pictures [..., C, H, W] of rows [...]."""
-        if len(self._images) == 1:
-            return self._images[0][rows]
+        """Pictures [..., C, H, W] of rows [...].
+
+        Raises:
+            ArtefactError: the store does not hold one of the rows.
+        """
         rows = np.asarray(rows)
-        shard_of = rows // self._rows_per_shard
-        pictures = np.empty((*rows.shape, *self.image_shape), dtype=np.uint8)
-        for shard in np.unique(shard_of):
-            here = shard_of == shard
-            pictures[here] = self._images[shard][rows[here] - shard * self._rows_per_shard]
-        return pictures
+        flat = self.checked(rows).reshape(-1)
+        pictures, shifts = self._window
+        begins = flat * pictures.itemsize
+        begins += shifts.take(flat // self._rows_per_shard)
+        return pictures[begins].view(np.uint8).reshape(*rows.shape, *self.image_shape)
+
+    def checked(self, rows: Rows) -> npt.NDArray[np.int64]:
+        """The same rows, once it is sure that the store holds them all.
+
+        Raises:
+            ArtefactError: it does not hold one of them.
+        """
+        known: npt.NDArray[np.int64] = np.asarray(rows, dtype=np.int64, order="C")
+        if known.size and known.view(np.uint64).max() >= self.num_rows:  # negative ones are huge
+            outside = known[(known < 0) | (known >= self.num_rows)].ravel()[0]
+            raise ArtefactError(
+                f"{self.folder} has rows 0 to {self.num_rows - 1}; row {outside} was asked for. "
+                "These episodes were drawn from another store: draw them again (`dvc repro "
+                "sample_tasks`)."
+            )
+        return known
 
     def labels(self) -> npt.NDArray[np.int32]:
         """The global class id of every row."""
@@ -75,7 +107,7 @@ class Store:
         """What the example of each row is: a typeface, a drawer, a file's path."""
         return [
             self._names[row // self._rows_per_shard][row % self._rows_per_shard].as_py()
-            for row in np.asarray(rows).ravel().tolist()
+            for row in self.checked(rows).ravel().tolist()
         ]
 
     def class_ids(self, split: str) -> range:
@@ -116,6 +148,7 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> Store:
     digest = _digest(manifest)  # first: it also sees that every shard is a file of the manifest
     classes = tuple(StoredClass(**entry) for entry in manifest["classes"])
     tables = [_open_shard(folder / name, shape) for name in manifest["shards"]]
+    images = tuple(t.column("image").to_numpy_ndarray() for t in tables)
     store = Store(
         folder=folder,
         domain=manifest["domain"],
@@ -126,7 +159,8 @@ def _open(folder: Path, manifest: Mapping[str, Any]) -> Store:
         num_rows=manifest["num_rows"],
         rotation=manifest["rotation"],
         digest=digest,
-        _images=tuple(t.column("image").to_numpy_ndarray() for t in tables),
+        _images=images,
+        _window=_window(images, manifest["rows_per_shard"]),
         _names=tuple(t.column("name") for t in tables),
         _rows_per_shard=manifest["rows_per_shard"],
     )
@@ -145,6 +179,17 @@ def _open_shard(path: Path, shape: tuple[int, int, int]) -> pa.RecordBatch:
     batch = reader.get_batch(0)
     batch.validate()
     return batch
+
+
+def _window(images: Sequence[Pixels], rows_per_shard: int) -> _Window:
+    begins = np.array([shard.__array_interface__["data"][0] for shard in images], np.int64)
+    lowest, highest = int(begins.argmin()), int(begins.argmax())
+    num_bytes = images[lowest][0].size
+    first = images[lowest].reshape(-1, num_bytes).view(f"V{num_bytes}")
+    last_picture = int(begins[highest] - begins[lowest]) + (len(images[highest]) - 1) * num_bytes
+    pictures = as_strided(first, shape=(last_picture + 1,), strides=(1,), writeable=False)
+    rows_before = rows_per_shard * np.arange(len(images), dtype=np.int64)
+    return _Window(pictures, begins - begins[lowest] - rows_before * num_bytes)
 
 
 def _check_rows(store: Store, labels: npt.NDArray[np.int32], shard_rows: list[int]) -> None:

@@ -107,8 +107,10 @@ def draw_distinct(words: UInts, population: npt.NDArray[np.int64] | int) -> Ints
 
 def episode_shape(spec: EpisodeSpec, *, seed: int, group: int) -> tuple[int, int]:
     """(ways, shots) of all episodes in one group of the stream: fixed, or drawn from the ranges."""
-    words = random_words(seed, SHAPE_STREAM, np.array(group), 2)
     (low_n, high_n), (low_k, high_k) = bounds(spec.ways), bounds(spec.shots)
+    if (low_n, low_k) == (high_n, high_k):
+        return low_n, low_k
+    words = random_words(seed, SHAPE_STREAM, np.array(group), 2)
     ways = low_n + (int(words[0]) * (high_n - low_n + 1) >> 32)
     shots = low_k + (int(words[1]) * (high_k - low_k + 1) >> 32)
     return ways, shots

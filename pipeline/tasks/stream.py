@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,16 +33,32 @@ class TrainStream:
 
     def group(self, position: int, group: int) -> Episodes:
         """The episodes of one group of the meta-batch at a position."""
-        ways, shots = self.shape(position, group)
-        return sample(
-            self.table,
-            self.spec,
-            ways=ways,
-            shots=shots,
-            seed=self.seed,
-            stream=TRAIN_STREAM,
-            indices=self.indices(position, group),
-        )
+        return self.groups([(position, group)])[0]
+
+    def groups(self, keys: Sequence[tuple[int, int]]) -> list[Episodes]:
+        """The episodes of several (position, group)s.
+
+        Those that share their shape are drawn by one call, which takes hardly longer than the call
+        for one of them; what a group holds does not depend on that.
+        """
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for place, key in enumerate(keys):
+            by_shape.setdefault(self.shape(*key), []).append(place)
+        found: dict[int, Episodes] = {}
+        for (ways, shots), places in by_shape.items():
+            episodes = sample(
+                self.table,
+                self.spec,
+                ways=ways,
+                shots=shots,
+                seed=self.seed,
+                stream=TRAIN_STREAM,
+                indices=np.concatenate([self.indices(*keys[place]) for place in places]),
+            )
+            for i, place in enumerate(places):
+                part = slice(i * self.tasks_per_group, (i + 1) * self.tasks_per_group)
+                found[place] = Episodes(*(values[part] for values in episodes))
+        return [found[place] for place in range(len(keys))]
 
     def indices(self, position: int, group: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         """Stream indices of a group's episodes; every index belongs to exactly one group."""

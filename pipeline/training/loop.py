@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from annotated_types import Ge, Gt, Interval
@@ -28,6 +28,8 @@ from pipeline.runtime.context import Context
 from pipeline.runtime.journal import Journal
 from pipeline.runtime.logs import Bar, progress
 from pipeline.training.adam import adam_step
+from pipeline.training.feed import Feed
+from pipeline.training.pace import Pace
 from pipeline.training.programs import Program
 from pipeline.training.schedules import warmup_cosine
 from pipeline.training.state import (
@@ -105,23 +107,27 @@ def optimise(
     snapshot = state
     per_step = program.num_groups * program.items_per_group
     log = Journal(journal) if journal is not None and context.is_main else None
-    with _show(label, program, config, state, context) as bar:
+    feed = program.feed(owned_groups(program.num_groups, context))
+    with _show(label, program, config, state, context) as bar, feed:
+        pace = Pace(program.unit, lambda: feed.waited_seconds)
         while state.progress.step < config.num_steps and state.progress.stopped is None:
             params = unflatten(state.vector, start)
-            step = _gradient(program, params, state.progress.position, config, context)
-            norm = _finite_norm(step, program, state)
+            step = _gradient(program, feed, params, state.progress.position, config, context)
+            norm, means = _finite_numbers(step, program, state)
             if _is_spike(norm, state, config):
                 bar.advance((snapshot.progress.step - state.progress.step) * per_step)
                 state = snapshot = rolled_back(snapshot, _check_rollbacks(state, norm, config))
                 continue
-            state = _update(state, step, norm, config)
+            state = _update(state, step, norm, means, config)
+            rates = pace.count(per_step)
             if _is_due(state, config, config.validate_every):
                 state = _validated(state, program, start, validate, config)
+                pace.restart()
             if _is_due(state, config, config.checkpoint_every):
                 snapshot = state
                 if context.is_main:
                     save_checkpoint(checkpoints, state.progress.step, *state.checkpoint())
-            _report(state, log, bar, per_step)
+            _report(state, rates, log, bar, per_step)
     barrier(context)
     if log is not None:
         log.close()
@@ -137,11 +143,15 @@ def _resume(start: Params, checkpoints: Path, context: Context) -> TrainState:
 
 
 def _gradient(
-    program: Program, params: Params, position: int, config: OuterConfig, context: Context
+    program: Program,
+    feed: Feed[Any, Any],
+    params: Params,
+    position: int,
+    config: OuterConfig,
+    context: Context,
 ) -> _Step:
     """Mean gradient over all items of a meta-batch, on every worker, and every item's metrics."""
-    groups = owned_groups(program.num_groups, context)
-    results = [program.gradient(params, position, group) for group in groups]
+    results = [program.gradient(params, feed.take(position, group)) for group in feed.groups]
     parts = [flatten(r.gradient) for r in results]
     if config.reduction == "exact":
         total = exact_sum(parts, program.num_groups, context)
@@ -154,16 +164,26 @@ def _gradient(
     return _Step(total / (program.num_groups * program.items_per_group), items)
 
 
-def _finite_norm(step: _Step, program: Program, state: TrainState) -> float:
-    """The gradient's norm; every worker sees the same numbers, so all stop or none does.
+def _finite_numbers(
+    step: _Step, program: Program, state: TrainState
+) -> tuple[float, dict[str, float]]:
+    """The gradient's norm and each metric's mean; the only time in a step that a device is awaited.
+
+    Every worker sees the same numbers, so all stop or none does.
 
     Raises:
         TrainingError: a loss or the gradient is not finite; names the step and the items.
     """
-    norm = float(step.gradient.norm())
-    bad = (~torch.isfinite(step.items["loss"])).nonzero().flatten().tolist()
-    if math.isfinite(norm) and not bad:
-        return norm
+    finite = torch.isfinite(step.items["loss"])
+    numbers = [
+        step.gradient.norm(),
+        finite.all(),
+        *(v.double().mean() for v in step.items.values()),
+    ]
+    norm, good, *means = torch.stack([number.double() for number in numbers]).tolist()
+    if math.isfinite(norm) and good:
+        return norm, dict(zip(step.items, means, strict=True))
+    bad = (~finite).nonzero().flatten().tolist()
     at = state.progress
     first = at.position * program.num_groups * program.items_per_group
     which = ", ".join(str(first + i) for i in bad[:8]) or "none: only the gradient is not finite"
@@ -190,7 +210,9 @@ def _check_rollbacks(state: TrainState, norm: float, config: OuterConfig) -> Tra
     return state
 
 
-def _update(state: TrainState, step: _Step, norm: float, config: OuterConfig) -> TrainState:
+def _update(
+    state: TrainState, step: _Step, norm: float, means: dict[str, float], config: OuterConfig
+) -> TrainState:
     at = state.progress
     lr = warmup_cosine(
         at.step,
@@ -208,7 +230,6 @@ def _update(state: TrainState, step: _Step, norm: float, config: OuterConfig) ->
         lr=lr,
         weight_decay=config.weight_decay,
     )
-    means = {n: float(v.double().mean()) for n, v in step.items.items()}
     entry = {"step": at.step + 1, **means, "lr": lr, "gradient_norm": norm}
     progressed = replace(
         at,
@@ -245,11 +266,13 @@ def _validated(
     return replace(state, best=best, progress=replace(at, history=history, stopped=stopped))
 
 
-def _report(state: TrainState, log: Journal | None, bar: Bar, per_step: int) -> None:
+def _report(
+    state: TrainState, rates: dict[str, float], log: Journal | None, bar: Bar, per_step: int
+) -> None:
     entry = state.progress.history[-1]
     if log is not None:
-        log.write(entry["step"], {n: float(v) for n, v in entry.items() if n != "step"})
-    bar.note(loss=entry["loss"])
+        log.write(entry["step"], {n: float(v) for n, v in entry.items() if n != "step"} | rates)
+    bar.note(loss=entry["loss"], data_wait=f"{rates['data_wait_fraction']:.1%}")
     if "val_accuracy" in entry:
         bar.note(val_accuracy=entry["val_accuracy"])
     bar.advance(per_step)

@@ -13,7 +13,10 @@ from pipeline.algorithms.table import AlgorithmConfig
 from pipeline.backbones.table import build_model, init_params
 from pipeline.core.config import Section
 from pipeline.core.files import read_json
+from pipeline.engine.choice import EngineConfig, choose_engine, example_group
 from pipeline.engine.learner import Learner, load_learner
+from pipeline.engine.meta_gradient import Engine
+from pipeline.engine.runner import Runner
 from pipeline.launch.table import launch
 from pipeline.runtime.checkpoint import clear_checkpoints
 from pipeline.runtime.context import Context
@@ -40,6 +43,7 @@ class MetaTrainConfig(Section):
     """Groups of the meta-batch, each computed whole by one worker: part of the run's identity."""
     tasks_per_group: PositiveInt = 1
     """Episodes in a group; they share ways and shots."""
+    engine: EngineConfig = EngineConfig()
     outer: OuterConfig = OuterConfig()
 
 
@@ -53,6 +57,8 @@ class MetaTrainJob(Section):
     target: Path
     checkpoints: Path
     journal: Path
+    choices: Path = Path(".metaloom/engine.json")
+    """Which strategy was the fastest on this machine, by shape of task."""
 
 
 def choose_candidate(folder: Path, candidates: list[str]) -> str:
@@ -95,7 +101,9 @@ def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
     store = open_store(job.store)
     stream = read_training_stream(job.tasks)
     template = _template(job, context)
-    program = MetaTraining(template, store, _stream(job.config, store, stream), context)
+    engine = _engine(job, template, store, stream, context)
+    source = _stream(job.config, store, stream)
+    program = MetaTraining(template, store, source, context, Runner(engine))
     validate = validator(store, read_episodes(job.tasks, "val"), context)
     if template.algorithm.trainable:
         state = optimise(
@@ -120,8 +128,34 @@ def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
         "training_episodes": stream.model_dump(mode="json"),
         "num_groups": job.config.num_groups,
         "tasks_per_group": job.config.tasks_per_group,
+        "engine": {"strategy": engine.strategy, "precision": engine.precision},
     }
     return leave_learner(job.target, learner, state, origin, context)
+
+
+def _engine(
+    job: MetaTrainJob,
+    template: Learner,
+    store: Store,
+    stream: TrainingStream,
+    context: Context,
+) -> Engine:
+    """The strategy for this run's tasks; chosen before the run, for all of its shapes."""
+    if not template.algorithm.trainable:
+        return Engine()
+    group = example_group(
+        stream.episodes, store.image_shape, job.config.tasks_per_group, context.device
+    )
+    model = template.model.with_statistics(None)
+    return choose_engine(
+        job.config.engine,
+        template.algorithm,
+        model,
+        template.params,
+        group,
+        context,
+        memory=job.choices,
+    )
 
 
 def _stream(config: MetaTrainConfig, store: Store, stream: TrainingStream) -> TrainStream:

@@ -5,23 +5,28 @@ G groups, T tasks per group.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from pipeline.core.functional import BACKBONE
 from pipeline.core.seeding import random_words
 from pipeline.core.types import Params, Task
-from pipeline.engine.learner import Learner, Preprocessing
-from pipeline.engine.meta_gradient import GroupGradient, meta_gradient
+from pipeline.engine.learner import Learner
+from pipeline.engine.meta_gradient import GroupGradient
+from pipeline.engine.runner import Runner
 from pipeline.runtime.context import Context
 from pipeline.store.reader import Store
-from pipeline.tasks.sampler import Episodes, Ints
+from pipeline.tasks.sampler import ClassTable, Ints, class_table
 from pipeline.tasks.stream import TrainStream
+from pipeline.training.episodes import HostEpisodes, blocks, episode_feed, num_ahead
+from pipeline.training.feed import Feed, Key
+from pipeline.training.pictures import to_device, training_pictures
 
 _SUPERVISED_STREAM = 5
 
@@ -41,8 +46,11 @@ class Program(Protocol):
     def unit(self) -> str:
         """What an item is, for people."""
 
-    def gradient(self, params: Params, position: int, group: int) -> GroupGradient:
-        """Sum of the items' gradients, and metrics [T]; pure in its arguments."""
+    def feed(self, groups: Sequence[int]) -> Feed[Any, Any]:
+        """The batches of these groups, one after another; each is pure in (position, group)."""
+
+    def gradient(self, params: Params, batch: Any) -> GroupGradient:
+        """Sum of the gradients of a batch's items, and metrics [T]; pure in its arguments."""
 
     def learner(self, params: Params) -> Learner:
         """The learner to validate: of these parameters."""
@@ -57,6 +65,8 @@ class MetaTraining:
     store: Store
     stream: TrainStream
     context: Context
+    runner: Runner
+    """Computes the gradients, by the strategy that was chosen for the run."""
     unit: str = "tasks"
 
     @property
@@ -69,12 +79,18 @@ class MetaTraining:
         """Tasks in a group."""
         return self.stream.tasks_per_group
 
-    def gradient(self, params: Params, position: int, group: int) -> GroupGradient:
-        """Sum of the group's meta-gradients."""
-        episodes = self.stream.group(position, group)
-        preprocessing, device = self.template.preprocessing, self.context.device
-        tasks = episodes_to_tasks(episodes, self.store, preprocessing, device)
-        return meta_gradient(self.template.algorithm, self.template.model, params, tasks)
+    def feed(self, groups: Sequence[int]) -> Feed[HostEpisodes, list[Task]]:
+        """The tasks of these groups."""
+        device = self.context.device
+        source = training_pictures(self.store, device)
+        ahead = num_ahead(groups, device)
+        preprocessing = self.template.preprocessing
+        return episode_feed(self.stream, source, preprocessing, groups, device, ahead=ahead)
+
+    def gradient(self, params: Params, batch: list[Task]) -> GroupGradient:
+        """Sum of the tasks' meta-gradients."""
+        learner = self.template
+        return self.runner(learner.algorithm, learner.model, params, batch)
 
     def learner(self, params: Params) -> Learner:
         """The template with these parameters."""
@@ -105,11 +121,29 @@ class Supervised:
         weight = torch.randn(num_classes, width, generator=generator) * width**-0.5
         return {"classifier.weight": weight, "classifier.bias": torch.zeros(num_classes)}
 
-    def gradient(self, params: Params, position: int, group: int) -> GroupGradient:
-        """Sum over a group's examples of the gradient of their cross-entropy."""
-        rows, labels = self._draw(position, group)
-        pictures = torch.as_tensor(self.store.gather(rows)).to(self.context.device)
-        inputs = self.template.preprocessing(pictures)
+    def feed(self, groups: Sequence[int]) -> Feed[Examples, Examples]:
+        """The examples of these groups."""
+        device = self.context.device
+        source = training_pictures(self.store, device)
+        table = class_table(self.store, "train", min_examples=0)
+
+        def load(keys: Iterator[Key]) -> Iterator[Examples]:
+            for block in blocks(keys):
+                rows, labels = self._draw(table, block)
+                for one, label in zip(rows, labels, strict=True):
+                    yield Examples(source.fetch(one), torch.from_numpy(label))
+
+        def land(fetched: Examples) -> Examples:
+            pictures = source.pictures(to_device(fetched.inputs, device))
+            return Examples(
+                self.template.preprocessing(pictures), to_device(fetched.labels, device)
+            )
+
+        return Feed(load, land, groups, ahead=num_ahead(groups, device))
+
+    def gradient(self, params: Params, batch: Examples) -> GroupGradient:
+        """Sum over the examples of the gradient of their cross-entropy."""
+        inputs, labels = batch
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
         model = self.template.model.with_statistics(None)
         features, _ = model.features(leaves, inputs)
@@ -125,35 +159,27 @@ class Supervised:
         kept = {n: p for n, p in params.items() if n.startswith(BACKBONE)}
         return with_params(self.template, kept)
 
-    def _draw(self, position: int, group: int) -> tuple[Ints, torch.Tensor]:
-        first = (position * self.num_groups + group) * self.items_per_group
-        indices = np.arange(first, first + self.items_per_group)
+    def _draw(self, table: ClassTable, keys: Sequence[Key]) -> tuple[Ints, Ints]:
+        """Rows and labels [G, T] of some groups: a class, then one of its examples."""
+        groups = np.array([position * self.num_groups + group for position, group in keys])
+        indices = groups[:, None] * self.items_per_group + np.arange(self.items_per_group)
         words = random_words(self.seed, _SUPERVISED_STREAM, indices, 2)
-        classes = [self.store.classes[i] for i in self.store.class_ids("train")]
-        counts = np.array([c.count for c in classes], np.uint64)
-        offsets = np.array([c.offset for c in classes], np.int64)
-        label = ((words[:, 0] * np.uint64(len(classes))) >> np.uint64(32)).astype(np.int64)
-        row = offsets[label] + ((words[:, 1] * counts[label]) >> np.uint64(32)).astype(np.int64)
-        return row, torch.as_tensor(label, device=self.context.device)
+        num_classes, counts = np.uint64(len(table.ids)), table.counts.astype(np.uint64)
+        label = ((words[..., 0] * num_classes) >> np.uint64(32)).astype(np.int64)
+        picked = ((words[..., 1] * counts[label]) >> np.uint64(32)).astype(np.int64)
+        return table.offsets[label] + picked, label
 
 
-def episodes_to_tasks(
-    episodes: Episodes, store: Store, preprocessing: Preprocessing, device: torch.device
-) -> list[Task]:
-    """Gather the pictures of a group of episodes and cut them into tasks."""
-    num_support = episodes.support_rows.shape[1]
-    num_ways = episodes.classes.shape[1]
-    rows = np.concatenate([episodes.support_rows, episodes.query_rows], axis=1)
-    inputs = preprocessing(torch.as_tensor(store.gather(rows)).to(device))
-    support_y = torch.as_tensor(episodes.support_labels.copy(), device=device)
-    query_y = torch.as_tensor(episodes.query_labels.copy(), device=device)
-    return [
-        Task(x[:num_support], sy, x[num_support:], qy, num_ways)
-        for x, sy, qy in zip(inputs, support_y, query_y, strict=True)
-    ]
+class Examples(NamedTuple):
+    """A group of labelled pictures: what travels to the device, and what it becomes there."""
+
+    inputs: Tensor
+    """[T, ...]: pictures or row numbers on the host, float inputs on the device"""
+    labels: Tensor
+    """[T]"""
 
 
-def with_params(learner: Learner, params: Mapping[str, torch.Tensor]) -> Learner:
+def with_params(learner: Learner, params: Mapping[str, Tensor]) -> Learner:
     """The same learner with other parameters and no population statistics yet."""
     model = learner.model.with_statistics(None)
     return replace(learner, params=dict(params), model=model)

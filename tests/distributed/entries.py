@@ -9,10 +9,14 @@ from typing import Any
 
 import torch
 
+from pipeline.algorithms.maml import MAML
+from pipeline.backbones.table import BackboneSpec, build_model, init_params
 from pipeline.core.config import Section
 from pipeline.core.errors import DataError
+from pipeline.engine.choice import EngineConfig, choose_engine, example_group
 from pipeline.runtime.collectives import exact_sum, fast_sum, gather_shares, owned_groups, share
 from pipeline.runtime.context import Context
+from pipeline.tasks.spec import EpisodeSpec
 
 
 class Sums(Section):
@@ -76,3 +80,28 @@ def hang_forever(plan: Plan, context: Context) -> None:
     """Write the process id and wait for the end."""
     Path(plan.what, f"{context.rank}.pid").write_text(str(os.getpid()))
     signal.pause()
+
+
+class Choices(Section):
+    """Where each worker looks for the choices of earlier runs: `<rank>.json`."""
+
+    folder: Path
+
+
+def engines(config: Choices, context: Context) -> list[int]:
+    """The stride of the engine that each worker ends up with."""
+    algorithm, shape = MAML(num_inner_steps=2), (1, 8, 8)
+    backbone = BackboneSpec(name="mlp", settings={"hidden": [4]}, image_shape=shape)
+    model = build_model(backbone, algorithm.batch_norm)
+    own = algorithm.init(model.feature_dim, torch.Generator().manual_seed(0))
+    engine = choose_engine(
+        EngineConfig(),
+        algorithm,
+        model,
+        {**init_params(backbone, 0), **own},
+        example_group(EpisodeSpec(ways=2, queries=2), shape, 1, context.device),
+        context,
+        memory=config.folder / f"{context.rank}.json",
+    )
+    strides = gather_shares(torch.tensor([engine.stride]), context.world_size, context)
+    return strides.tolist()  # type: ignore[no-any-return]

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.algorithms.table import AlgorithmConfig
 from pipeline.backbones.mlp import MLPConfig
 from pipeline.core.files import new_folder, sha256_file
+from pipeline.engine.choice import EngineConfig
 from pipeline.engine.learner import WEIGHTS, Preprocessing, save_learner
 from pipeline.launch.base import Job
 from pipeline.launch.local import launch_local
@@ -18,6 +19,7 @@ from pipeline.training.meta_train import MetaTrainConfig, MetaTrainJob
 from pipeline.training.pretrain import PretrainConfig, initial_learner
 
 NUM_STEPS, CHECKPOINT_EVERY = 60, 5
+_PROTONET, _AUTO = AlgorithmConfig(name="protonet"), EngineConfig()
 
 
 def write_pretrained(store: Store, target: Path) -> Path:
@@ -30,7 +32,16 @@ def write_pretrained(store: Store, target: Path) -> Path:
     return target
 
 
-def make_job(folder: Path, store: Store, tasks: Path, **changes: Any) -> MetaTrainJob:
+def make_job(
+    folder: Path,
+    store: Store,
+    tasks: Path,
+    *,
+    algorithm: AlgorithmConfig = _PROTONET,
+    engine: EngineConfig = _AUTO,
+    tasks_per_group: int = 1,
+    **changes: Any,
+) -> MetaTrainJob:
     """A job whose files all live in `folder`; `changes` go to the outer configuration."""
     outer = {
         "num_steps": NUM_STEPS,
@@ -45,7 +56,10 @@ def make_job(folder: Path, store: Store, tasks: Path, **changes: Any) -> MetaTra
         write_pretrained(store, pretrained)
     return MetaTrainJob(
         config=MetaTrainConfig(
-            algorithm=AlgorithmConfig(name="protonet"), outer=OuterConfig(**outer)
+            algorithm=algorithm,
+            engine=engine,
+            tasks_per_group=tasks_per_group,
+            outer=OuterConfig(**outer),
         ),
         store=store.folder,
         tasks=tasks,
@@ -53,6 +67,7 @@ def make_job(folder: Path, store: Store, tasks: Path, **changes: Any) -> MetaTra
         target=folder / "meta",
         checkpoints=folder / "checkpoints",
         journal=folder / "journal.jsonl",
+        choices=folder / "engine.json",
     )
 
 

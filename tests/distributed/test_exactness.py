@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from pipeline.algorithms.maml import MAML
+from pipeline.algorithms.table import AlgorithmConfig
+from pipeline.core.files import read_json, write_json
+from pipeline.engine.choice import EngineConfig
+from pipeline.engine.meta_gradient import STRATEGIES
+from pipeline.launch.base import Job
+from pipeline.launch.local import launch_local
 from pipeline.store.reader import Store
 from pipeline.training.loop import OuterConfig
+from tests.distributed.entries import Choices
 from tests.distributed.small_run import digest, make_job, run
 
 
@@ -31,3 +43,42 @@ def test_the_comparison_can_fail(blob_store: Store, blob_tasks: Path, tmp_path: 
         digests.append(digest(job))
     assert digests[0] != digests[1]
     assert OuterConfig().reduction == "exact"
+
+
+_MAML = AlgorithmConfig(name="maml", maml=MAML(num_inner_steps=2))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_maml_ends_with_the_same_bits_by_every_strategy(
+    strategy: Any, blob_store: Store, blob_tasks: Path, tmp_path: Path
+) -> None:
+    digests = set()
+    for workers in (1, 2):
+        job = make_job(
+            tmp_path / str(workers),
+            blob_store,
+            blob_tasks,
+            algorithm=_MAML,
+            engine=EngineConfig(strategy=strategy),
+            tasks_per_group=2,
+            num_steps=4,
+        )
+        run(job, workers)
+        digests.add(digest(job))
+        card = read_json(job.target / "learner.json")
+        assert card["origin"]["engine"] == {"strategy": strategy, "precision": "fp32"}
+    assert len(digests) == 1
+
+
+def test_every_worker_takes_the_main_ones_engine(tmp_path: Path) -> None:
+    """Only the main worker's memory knows a choice, and it is one that no other would come to."""
+    kind = Choices(folder=tmp_path)
+    launch_local(Job("tests.distributed.entries:engines", kind, 1), tmp_path / "first")
+    known = read_json(tmp_path / "0.json")
+    (entry,) = known.values()
+    entry["engine"]["stride"] = 7
+    write_json(tmp_path / "0.json", known)
+    found = launch_local(Job("tests.distributed.entries:engines", kind, 3), tmp_path / "then")
+    assert found == [7, 7, 7]
+    assert not (tmp_path / "1.json").exists()
+    assert json.loads((tmp_path / "0.json").read_text()) == known

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pipeline.backbones.convolution import Convolution, _Convolve
 from pipeline.backbones.layout import channels_last
-from pipeline.backbones.norm import EPSILON, BatchNorm, _Normalise
+from pipeline.backbones.norm import EPSILON, BatchNorm, _Normalise, moments
 
 
 def twin(channels: int, dims: int) -> tuple[BatchNorm, nn.Module]:
@@ -91,6 +91,18 @@ def test_second_derivatives_match_pytorch(dtype: torch.dtype) -> None:
         assert one.dtype == other.dtype
         error = (one.float() - other.float()).norm() / other.float().norm()
         assert error < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("shape", [(75, 4, 84, 84), (75, 4, 3, 3), (50_000, 4)])
+def test_moments_of_many_numbers_are_accurate(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(5)
+    x = torch.randn(shape) * 3 + 2
+    x = channels_last(x) if x.ndim == 4 else x
+    dims = [d for d in range(x.ndim) if d != 1]
+    mean, var = moments(x)
+    torch.testing.assert_close(mean.double(), x.double().mean(dims), rtol=1e-6, atol=1e-6)
+    exact = x.double().var(dims, correction=0)
+    torch.testing.assert_close(var.double(), exact, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("groups", [1, 2])

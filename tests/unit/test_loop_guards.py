@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +18,7 @@ from pipeline.engine.learner import Learner
 from pipeline.engine.meta_gradient import GroupGradient
 from pipeline.runtime.checkpoint import load_checkpoint
 from pipeline.runtime.context import SINGLE
+from pipeline.training.feed import Feed, Key
 from pipeline.training.loop import OuterConfig, optimise
 from pipeline.training.state import TrainState
 
@@ -47,9 +48,14 @@ class Quadratic:
     """Each meta-batch's gradient is multiplied by exp(noise * z), z standard normal."""
     num_groups: int = 4
     items_per_group: int = 2
+    ahead: int = 0
     unit: str = "tasks"
 
-    def gradient(self, params: Params, position: int, group: int) -> GroupGradient:
+    def feed(self, groups: Sequence[int]) -> Feed[Key, Key]:
+        return Feed(lambda keys: keys, lambda key: key, groups, ahead=self.ahead)
+
+    def gradient(self, params: Params, batch: Key) -> GroupGradient:
+        position, group = batch
         z = np.random.default_rng(position).standard_normal()
         scale = self.scales.get((position, group), 1.0) * math.exp(self.noise * z)
         loss = torch.full((2,), float((params["w"] ** 2).sum() / 2) * scale)

@@ -1,0 +1,115 @@
+"""A whole meta-training run, as the `meta_train` stage does it, on a store of random pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.cases import Case, make_algorithm
+from pipeline.algorithms.maml import MAML
+from pipeline.algorithms.table import AlgorithmConfig
+from pipeline.backbones.table import build_model, init_params
+from pipeline.core.files import new_folder
+from pipeline.engine.learner import Learner, Preprocessing, save_learner
+from pipeline.runtime.collectives import barrier
+from pipeline.runtime.context import Context
+from pipeline.store.reader import StoredClass, open_store
+from pipeline.store.writer import StoreContent, write_store
+from pipeline.tasks.plan import SampleTasksConfig, sample_tasks
+from pipeline.tasks.spec import EpisodeSpec, FrozenSpec
+from pipeline.training.loop import OuterConfig
+from pipeline.training.meta_train import MetaTrainConfig, MetaTrainJob, run
+
+NUM_STEPS = 4
+_VALIDATION_EPISODES = 32
+"""8 a step, as the defaults of params.yaml: 200 of two kinds every 50 steps."""
+_SPLITS = {"train": 200, "val": 40, "test": 40}
+_EXAMPLES = 20
+
+
+def make_whole_loop(case: Case, context: Context, folder: Path) -> Callable[[], int]:
+    """A function that trains anew each time, in processes that are running already.
+
+    Returns:
+        A function of no arguments; it returns the number of training tasks.
+    """
+    if context.is_main:
+        _prepare(case, folder)
+    barrier(context)
+    count = 0
+
+    def train() -> int:
+        nonlocal count
+        count += 1
+        run(_job(case, folder, f"run-{count}"), context)
+        return NUM_STEPS * case.meta_batch
+
+    return train
+
+
+def _job(case: Case, folder: Path, name: str) -> MetaTrainJob:
+    algorithm = make_algorithm(case)
+    assert isinstance(algorithm, MAML)
+    config = MetaTrainConfig(
+        algorithm=AlgorithmConfig(name="maml", maml=algorithm),
+        num_groups=case.groups,
+        tasks_per_group=case.meta_batch // case.groups,
+        outer=OuterConfig(num_steps=NUM_STEPS, validate_every=NUM_STEPS),
+    )
+    return MetaTrainJob(
+        config=config,
+        store=folder / "store",
+        tasks=folder / "tasks",
+        pretrained=folder / "pretrained",
+        target=folder / name / "learner",
+        checkpoints=folder / name / "checkpoints",
+        journal=folder / name / "journal.jsonl",
+        choices=folder / "engine.json",
+    )
+
+
+def _prepare(case: Case, folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    classes, offset = [], 0
+    for split, count in _SPLITS.items():
+        for i in range(count):
+            classes.append(StoredClass(f"{split}{i}", split, split, offset, _EXAMPLES))
+            offset += _EXAMPLES
+    shape = case.backbone.image_shape
+    content = StoreContent(
+        domain="noise",
+        classes=tuple(classes),
+        pixels=rng.integers(0, 256, (offset, *shape), dtype=np.uint8),
+        order=np.arange(offset),
+        names=[str(i) for i in range(offset)],
+    )
+    write_store(folder / "store", content, rows_per_shard=20000, report={})
+    frozen = FrozenSpec(
+        ways=[case.ways],
+        shots=[case.shots],
+        queries=case.queries,
+        episodes=_VALIDATION_EPISODES,
+    )
+    episodes = EpisodeSpec(ways=case.ways, shots=case.shots, queries=case.queries)
+    config = SampleTasksConfig(train=episodes, val=frozen, test=frozen)
+    sample_tasks(config, open_store(folder / "store"), folder / "tasks")
+    _save_untrained(case, folder / "pretrained")
+
+
+def _save_untrained(case: Case, target: Path) -> None:
+    algorithm = MAML()
+    channels = case.backbone.image_shape[0]
+    learner = Learner(
+        algorithm,
+        build_model(case.backbone, algorithm.batch_norm),
+        init_params(case.backbone, 0),
+        Preprocessing(
+            image_shape=case.backbone.image_shape, mean=[0.5] * channels, std=[0.25] * channels
+        ),
+        case.backbone,
+        {"stage": "benchmark", "val_accuracy": 0.0},
+    )
+    with new_folder(target, kind="learner") as building:
+        save_learner(building, learner)
