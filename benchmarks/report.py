@@ -13,6 +13,8 @@ from pathlib import Path
 
 from benchmarks.cases import CASES, Case
 from benchmarks.record import RECORD, Machine, Record, Row, merged, read_record, write_record
+from benchmarks.sections import ACCURACY, CURVES, draw_curves, other_sections
+from pipeline.core.files import read_json
 
 PAGE, PICTURE = Path("docs/results.md"), Path("docs/images/meta_gradient.png")
 BEGIN, END = "<!-- benchmark: begin (generated) -->", "<!-- benchmark: end -->"
@@ -62,11 +64,14 @@ def main() -> None:
         from benchmarks.picture import draw
 
         draw(record, options.picture)
+        if ACCURACY.exists():
+            draw_curves(read_json(ACCURACY)["rows"], CURVES)
     else:
         print("no picture: matplotlib is not installed (pip install 'metaloom[bench]')")
     options.page.parent.mkdir(parents=True, exist_ok=True)
     before = options.page.read_text() if options.page.exists() else _NEW_PAGE
     text = render(record, options.record, options.picture.relative_to(options.page.parent))
+    text = "\n\n".join([text, *other_sections(options.page)])
     options.page.write_text(between_markers(before, text))
     print(f"wrote {options.page}")
 

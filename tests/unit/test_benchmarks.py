@@ -20,6 +20,7 @@ from benchmarks.networks import meta_gradients
 from benchmarks.peers import PEERS, missing_library
 from benchmarks.record import LeftOut, Machine, Record, Row, merged, read_record, write_record
 from benchmarks.report import BEGIN, END, best_peer, between_markers, eager_row, render
+from benchmarks.sections import draw_curves, render_accuracy, render_data_path
 from pipeline.backbones.table import BackboneSpec
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import Params
@@ -335,3 +336,27 @@ def test_the_driver_names_the_cases_that_there_are(
     with pytest.raises(SystemExit):
         contest.main()
     assert "no case 77; there are [1, 2, 3, 4, 5, 6, 7, 8, 9]" in capsys.readouterr().err
+
+
+RUNS = [
+    {
+        "run": "maml",
+        "precision": "bf16",
+        "tasks": 9600,
+        "tasks_per_step": 16,
+        "test": {"5w1s": {"accuracy": 0.98761, "ci95": 0.00123, "episodes": 10_000}},
+        "curve": [[100, 0.9], [200, 0.95]],
+    }
+]
+
+
+def test_the_page_tells_accuracy_with_its_interval_and_the_data_path(tmp_path: Path) -> None:
+    text = render_accuracy(RUNS, Path("a.json"), Path("a.png"))
+    assert "| maml | bf16 | 9,600 | 5w1s | 98.76 ± 0.12 % |" in text
+    assert "10,000 test episodes" in text
+    row = {"case": "gathering", "engine": "memcpy", "tasks_per_second": 1234.4}
+    row |= {"minimum": 1000.0, "maximum": 2000.0, "bytes_per_second": 1.25e10}
+    text = render_data_path({"machine": "a box", "rows": [row]}, Path("d.json"))
+    assert "| gathering | memcpy | 1,234 | 1,000 to 2,000 | 12.5 |" in text
+    draw_curves(RUNS, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

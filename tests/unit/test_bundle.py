@@ -223,7 +223,7 @@ DESCRIPTIONS: list[dict[str, Any]] = [
     {"backbone": {"name": "mlp", "settings": {"loader_module": "x"}, "image_shape": [1, 12, 12]}},
     {"settings": {"loss": "os.system"}},
     {"settings": {"metric": {"__reduce__": ["os.system", "x"]}}},
-    {"format_version": 2},
+    {"format_version": 99},
     {"loader_module": "evil"},
 ]
 MLMODEL = """flavors:
