@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Case, Contestant
+from pipeline.launch.local import KEEP_MEMORY
 
 _PATIENCE_SECONDS = 1800.0
-# As our launcher sets them for its workers: freed memory is kept, for it is asked for again.
-_WORKER_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
 
 
 class EntrantError(Exception):
@@ -123,7 +122,7 @@ class Entrant:
             return environment
         return {
             **environment,
-            **_WORKER_MEMORY,
+            **KEEP_MEMORY,
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.contestant.workers),

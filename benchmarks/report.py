@@ -36,7 +36,8 @@ and the most; ratios are of medians of one run.
   plainest training loop. On a CPU they have all cores as threads, and, where said, one.
 - *Ours* is named by its strategy (`loop`, `vmap`, `split`, `vmap_split`; `auto` chooses one) and
   runs on a CPU as Metaloom does: a process of one thread for each core, their gradients added up
-  once a meta-batch.
+  once a meta-batch. Its workers start with glibc told to keep freed memory, as our launcher starts
+  them; peers start as Python does.
 - *To best peer* compares with the fastest peer in fp32 at any number of threads, *to eager* with
   the eager (or plain) loop in fp32 on all cores.
 - *Error* is |g − g64| / |g64| of the summed gradient of a few tasks, against the eager loop in

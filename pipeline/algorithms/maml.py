@@ -82,7 +82,8 @@ class MAML:
 
     def step(self, params: Params, fast: Params, gradient: Params, index: int) -> Params:
         """phi_{k+1} = phi_k - lr dL(phi_k)/dphi_k."""
-        return {n: value - self.inner_lr * gradient[n] for n, value in fast.items()}
+        lr = self.inner_lr
+        return {n: torch.sub(value, gradient[n], alpha=lr) for n, value in fast.items()}
 
     def support_loss(
         self, model: Model, params: Params, fast: Params, x: Tensor, y: Tensor

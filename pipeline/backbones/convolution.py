@@ -5,6 +5,7 @@ B examples, I input channels, O output channels, H and W pixels, K kernel side, 
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -120,3 +121,13 @@ class _ConvolveBackward(Function):
             if ctx.needs_input_grad[1]:
                 gx = _gradients(g, x, v, ctx.groups, (True, False))[0]
         return gg, gx, gw, None, None
+
+
+def remember_signature(function: type[Function]) -> None:
+    """Save `Function.apply` from parsing the signature of forward on every call: 50 µs each."""
+    forward: Any = function.forward
+    forward.__signature__ = inspect.signature(forward)
+
+
+for _function in (_Convolve, _ConvolveBackward):
+    remember_signature(_function)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
+from pipeline.backbones.convolution import remember_signature
 from pipeline.core.types import Statistics
 
 EPSILON = 1e-5
@@ -57,6 +58,8 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     what it finds.
     """
     size = max(1, _NUMBERS_AT_A_TIME * x.shape[1] // x[0].numel())
+    if size >= len(x):
+        return torch.batch_norm_update_stats(x, None, None, 0.0)
     pieces = torch.split(x, size)
     parts = [torch.batch_norm_update_stats(piece, None, None, 0.0) for piece in pieces]
     shares = torch.tensor([len(piece) for piece in pieces], dtype=torch.float64) / len(x)
@@ -229,3 +232,7 @@ class _NormaliseByGiven(Function):
         folded = [_fold(dim, value, tasks) for dim, value in zip(in_dims, inputs, strict=True)]
         y = _NormaliseByGiven.apply(*folded)  # type: ignore[no-untyped-call]
         return y.unflatten(1, (tasks, -1)), 1
+
+
+for _function in (_Normalise, _NormaliseBackward, _NormaliseByGiven):
+    remember_signature(_function)
