@@ -20,6 +20,7 @@ from benchmarks.entries import entrants
 from benchmarks.measure import Effort, measure
 from benchmarks.record import RECORD, Record, Row, read_record, this_machine
 from benchmarks.report import ratio
+from pipeline.runtime.logs import run_main
 
 SMALL = {1, 7}
 TOLERANCE = 0.2
@@ -135,4 +136,4 @@ def _change(row: Comparison) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

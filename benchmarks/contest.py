@@ -25,6 +25,7 @@ from benchmarks.record import (
     this_machine,
     write_record,
 )
+from pipeline.runtime.logs import run_main
 
 DEFAULT_CASES = {"cpu": "1,2,3,5,6,7,8,9", "cuda": "1,2,3,4,5,6,7,9"}
 """Case 4 takes an hour on two cores; case 8 is about processes on cores."""
@@ -47,6 +48,8 @@ def main() -> None:
     unknown = numbers - {case.number for case in CASES}
     if unknown:
         parser.error(f"no case {min(unknown)}; there are {sorted({c.number for c in CASES})}")
+    if options.quick and options.record == RECORD:
+        parser.error("--quick is a trial: name another file for its rows with --record")
     effort = QUICK if options.quick else Effort(rounds=options.rounds, seconds=options.seconds)
     only = set(options.engines.split(",")) if options.engines else None
     record = read_record(options.record)
@@ -99,4 +102,4 @@ def _line(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -26,11 +26,13 @@ def _on_cpu(case: Case, cores: int) -> Iterable[Contestant]:
         case 1:
             yield from _peers((*_LOOPS, "functorch"), cores)
             yield from _peers(_LOOPS, 1)
+            yield _core_for_core("eager", all_cores)
             yield Contestant(engine="eager", precision="bf16", threads=cores)
             yield from (Contestant(engine=name) for name in ("loop", "split", "vmap"))
             yield from _ours(("loop", "split"), all_cores)
         case 2:
             yield from _peers(_LOOPS, cores)
+            yield _core_for_core("eager", all_cores)
             yield from _ours(("loop",), all_cores)
         case 3 | 4:
             yield from _peers(_LOOPS, cores)
@@ -45,6 +47,7 @@ def _on_cpu(case: Case, cores: int) -> Iterable[Contestant]:
         case 7:
             yield from _peers(("plain",), cores)
             yield from _peers(("plain",), 1)
+            yield _core_for_core("plain", all_cores)
             yield Contestant(engine="loop")
             yield from _ours(("loop",), all_cores)
         case 8 if cores > 1:
@@ -86,6 +89,11 @@ def _peers(names: Iterable[str], threads: int) -> Iterable[Contestant]:
     """One process each."""
     for name in names:
         yield Contestant(engine=name, threads=threads)
+
+
+def _core_for_core(name: str, processes: int) -> Contestant:
+    """A peer as nobody runs it: a process of one thread for each core, gradients not added up."""
+    return Contestant(engine=name, workers=processes)
 
 
 def _ours(

@@ -113,8 +113,11 @@ def _run(
 
     def one_round(entrant: Entrant) -> None:
         answers = entrant.ask("round", quanta=entrant.quanta)
-        entrant.tasks_per_round = answers[0]["tasks"]
-        entrant.rates.append(answers[0]["tasks"] / max(a["seconds"] for a in answers))
+        # Ours share a meta-batch, of which each tells the size; a peer's processes know nothing of
+        # each other.
+        own = [a["tasks"] for a in answers]
+        entrant.tasks_per_round = sum(own) if entrant.contestant.is_peer else own[0]
+        entrant.rates.append(entrant.tasks_per_round / max(a["seconds"] for a in answers))
 
     def inspect(entrant: Entrant) -> None:
         answers = entrant.ask("memory")

@@ -182,7 +182,7 @@ def _keep(row: dict[str, Any]) -> None:
 
 def score_all(job: ScoreJob, context: Context) -> dict[str, Any]:
     """What every worker does: accuracy with its 95 % interval in each setting."""
-    store, learner = open_store(job.store), load_learner(job.learner)
+    store, learner = open_store(job.store), load_learner(job.learner, device=context.device)
     episodes = read_episodes(job.tasks, "test")
     results = {}
     for setting in job.settings:

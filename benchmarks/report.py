@@ -15,6 +15,7 @@ from benchmarks.cases import CASES, Case
 from benchmarks.record import RECORD, Machine, Record, Row, merged, read_record, write_record
 from benchmarks.sections import ACCURACY, CURVES, draw_curves, other_sections
 from pipeline.core.files import read_json
+from pipeline.runtime.logs import run_main
 
 PAGE, PICTURE = Path("docs/results.md"), Path("docs/images/meta_gradient.png")
 BEGIN, END = "<!-- benchmark: begin (generated) -->", "<!-- benchmark: end -->"
@@ -34,6 +35,8 @@ and the most; ratios are of medians of one run.
   double-backward loop of learn2learn, which does not install beside this PyTorch), `higher`,
   `torchopt`, and `functorch` (PyTorch's own recipe, `vmap` of `grad`); `plain` is a ProtoNet's
   plainest training loop. On a CPU they have all cores as threads, and, where said, one.
+- A peer in several processes of one thread (*n* × 1 thread) is nobody's way to run it, and takes no
+  part in *best peer*; it tells how much of ours is the arithmetic and how much one process a core.
 - *Ours* is named by its strategy (`loop`, `vmap`, `split`, `vmap_split`; `auto` chooses one) and
   runs on a CPU as Metaloom does: a process of one thread for each core, their gradients added up
   once a meta-batch. Its workers start with glibc told to keep freed memory, as our launcher starts
@@ -101,13 +104,19 @@ def render(record: Record, source: Path, picture: Path) -> str:
 
 def eager_row(rows: Iterable[Row]) -> Row | None:
     """The plain loop as it is used: fp32, one process, all cores."""
-    found = [r for r in rows if r.engine in ("eager", "plain") and r.dtype == "fp32" and _timed(r)]
+    found = [
+        r
+        for r in rows
+        if r.engine in ("eager", "plain") and r.dtype == "fp32" and r.workers == 1 and _timed(r)
+    ]
     return max(found, key=lambda row: row.threads, default=None)
 
 
 def best_peer(rows: Iterable[Row]) -> Row | None:
-    """The fastest peer in fp32, at any number of threads."""
-    found = [row for row in rows if row.peer and row.dtype == "fp32" and _timed(row)]
+    """The fastest peer in fp32 as it is used: one process, any number of threads."""
+    found = [
+        row for row in rows if row.peer and row.dtype == "fp32" and row.workers == 1 and _timed(row)
+    ]
     return max(found, key=_rate, default=None)
 
 
@@ -287,4 +296,4 @@ def _size(row: Row) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -10,9 +10,9 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from annotated_types import Gt, Interval
@@ -25,7 +25,7 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.files import canonical_json, read_json, write_json
 from pipeline.core.functional import Model, Precision
 from pipeline.core.types import Params, Task
-from pipeline.engine.memory import bytes_of, free_bytes, planned_bytes
+from pipeline.engine.memory import bytes_for_a_worker, bytes_of, planned_bytes
 from pipeline.engine.meta_gradient import Engine, Strategy, meta_gradient
 from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context, fingerprint
@@ -36,6 +36,8 @@ _MARGIN = 1.1
 """A strategy replaces one before it in the order of preference only if it is this much faster:
 noise must not change the bits of a run."""
 _ROUNDS, _ENOUGH_SECONDS = 3, 2.0
+_BATCHED = 1.5
+"""What many tasks as one take above so many tasks alone, for copies between layouts."""
 
 
 class EngineConfig(Section):
@@ -49,7 +51,7 @@ class EngineConfig(Section):
     chunk: PositiveInt | None = None
     """Tasks at once for vmap; null: as many as fit into memory"""
     memory_share: Annotated[float, Gt(0), Interval(le=1)] = 0.5
-    """Share of the free memory that gradients may be planned into"""
+    """Share of a worker's memory that gradients may be planned into"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,26 +111,32 @@ def _remembered_or_new(
     memory: Path,
 ) -> Engine:
     key = _key(config, algorithm, model, params, tasks)
-    known: dict[str, Any] = read_json(memory) if memory.exists() else {}
+    known = _read(memory)
     if key in known:
-        try:
-            choice = _CHOICE.validate_python(known[key])
-        except ValidationError:
-            raise ConfigError(
-                f"{memory} holds a choice that this version cannot read. Remove the file; it is "
-                "made again."
-            ) from None
+        choice = known[key]
         say("engine", strategy=choice.engine.strategy, why=f"remembered: {choice.reason}")
         return choice.engine
-    choice = _decide(config, algorithm, model, params, tasks, context)
+    choice = _decide(config, algorithm, model, params, tasks, context.device)
     rates = {f"{n}_tasks_per_second": rate for n, rate in choice.tasks_per_second.items()}
     say("engine", strategy=choice.engine.strategy, why=choice.reason, **rates)
     if config.strategy == "auto":
-        write_json(memory, {**known, key: asdict(choice)})
+        write_json(memory, _CHOICES.dump_python({**known, key: choice}, mode="json"))
     return choice.engine
 
 
-_CHOICE = TypeAdapter(Choice)
+_CHOICES = TypeAdapter(dict[str, Choice])
+
+
+def _read(memory: Path) -> dict[str, Choice]:
+    if not memory.exists():
+        return {}
+    try:
+        return _CHOICES.validate_python(read_json(memory))
+    except ValidationError:
+        raise ConfigError(
+            f"{memory} holds choices that this version cannot read. Remove the file; it is made "
+            "again."
+        ) from None
 
 
 def _decide(
@@ -137,30 +145,29 @@ def _decide(
     model: Model,
     params: Params,
     tasks: Sequence[Task],
-    context: Context,
+    device: torch.device,
 ) -> Choice:
-    budget = int(config.memory_share * free_bytes(context.device, context.world_size))
-    names = _candidates(config, algorithm, len(tasks), context.device)
+    budget = int(config.memory_share * bytes_for_a_worker(device))
+    names = _candidates(config, algorithm, len(tasks), device)
     plans = {n: _plan(n, config, algorithm, model, params, tasks, budget) for n in names}
-    fitting = [n for n in names if plans[n][1] <= budget]
+    fitting = [n for n in names if plans[n].num_bytes <= budget]
     if not fitting:
-        least = min(names, key=lambda n: plans[n][1])
-        reason = f"needs {_mib(plans[least][1])}, more than the {_mib(budget)} planned for"
-        return Choice(engine=plans[least][0], reason=reason, tasks_per_second={})
+        least = min(plans.values(), key=lambda plan: plan.num_bytes)
+        reason = f"needs {_mib(least.num_bytes)}, more than the {_mib(budget)} planned for"
+        return Choice(engine=least.engine, reason=reason, tasks_per_second={})
     if len(fitting) == 1:
         (only,) = fitting
         reason = "asked for" if config.strategy != "auto" else "the only one that applies"
         if len(names) > 1:
             reason = f"the only one within {_mib(budget)}"
-        reason += f"; plans {_mib(plans[only][1])}"
-        return Choice(engine=plans[only][0], reason=reason, tasks_per_second={})
-    engines = {n: plans[n][0] for n in fitting}
-    rates = _calibrate(engines, algorithm, model, params, tasks, context.device)
+        return Choice(engine=plans[only].engine, reason=reason, tasks_per_second={})
+    engines = {n: plans[n].engine for n in fitting}
+    rates = _calibrate(engines, algorithm, model, params, tasks, device)
     best = fitting[0]
     for name in fitting[1:]:
-        if rates[name] > _MARGIN * rates[best]:
+        if rates.get(name, 0.0) > _MARGIN * rates.get(best, 0.0):
             best = name
-    reason = f"fastest in a calibration; plans {_mib(plans[best][1])}"
+    reason = f"fastest in a calibration; plans {_mib(plans[best].num_bytes)}"
     rounded = {str(n): round(r, 3) for n, r in rates.items()}
     return Choice(engine=engines[best], reason=reason, tasks_per_second=rounded)
 
@@ -179,6 +186,11 @@ def _candidates(
     return [*many, *one] if device.type == "cuda" else [*one, *many]
 
 
+class _Plan(NamedTuple):
+    engine: Engine
+    num_bytes: int
+
+
 def _plan(
     name: Strategy,
     config: EngineConfig,
@@ -187,25 +199,29 @@ def _plan(
     params: Params,
     tasks: Sequence[Task],
     budget: int,
-) -> tuple[Engine, int]:
+) -> _Plan:
     """The engine of a strategy with chunk and stride that fit, and the bytes that it plans."""
-    at_once = Engine(strategy=name).at_once
     split = name in ("split", "vmap_split") and isinstance(algorithm, InnerLoop)
     steps = algorithm.num_inner_steps if isinstance(algorithm, InnerLoop) else 1
     copy = bytes_of(params) if split else 0
     stride = 1 if copy * steps <= budget // 4 else math.ceil(math.sqrt(steps))
     alone = Engine(strategy="split" if split else "loop")
 
-    def gradient(algorithm: Algorithm, model: Model, params: Params, task: Task) -> object:
+    def gradient(model: Model, params: Params, task: Task) -> object:
         return meta_gradient(algorithm, model, params, [task], alone)
 
-    each = planned_bytes(gradient, algorithm, model, params, tasks[0])
+    try:
+        each = planned_bytes(gradient, model, params, tasks[0])
+    except RuntimeError as error:
+        say("engine", strategy=name, not_planned=str(error).splitlines()[0])
+        each = 1  # it runs all the same; an allocator's refusal halves the chunk
     each += copy * (steps // stride + stride)
     chunk = None
-    if at_once:
-        chunk = config.chunk or max(1, min(len(tasks), budget // each))
+    if Engine(strategy=name).at_once:
+        each = int(_BATCHED * each)
+        chunk = min(len(tasks), config.chunk or max(1, budget // each))
     engine = Engine(strategy=name, precision=config.precision, chunk=chunk, stride=stride)
-    return engine, each * (chunk or 1)
+    return _Plan(engine, each * (chunk or 1))
 
 
 def _calibrate(
@@ -216,20 +232,32 @@ def _calibrate(
     tasks: Sequence[Task],
     device: torch.device,
 ) -> dict[Strategy, float]:
-    """Tasks per second of each, taken in turn; a slow case counts its first run."""
+    """Tasks per second of each, taken in turn; one that fails is left out, and said.
+
+    On a CPU a task or two are enough to tell, and other workers wait meanwhile. A slow case counts
+    its first run.
+    """
     seconds: dict[Strategy, list[float]] = {n: [] for n in engines}
+    counts = {n: len(tasks) for n in engines}
+    if device.type == "cpu":
+        counts = {n: min(len(tasks), 2 if e.at_once else 1) for n, e in engines.items()}
     for turn in range(1 + _ROUNDS):
-        for name, engine in engines.items():
+        for name in list(seconds):
             start = time.perf_counter()
-            meta_gradient(algorithm, model, params, tasks, engine)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            try:
+                meta_gradient(algorithm, model, params, tasks[: counts[name]], engines[name])
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+            except RuntimeError as error:
+                say("engine", strategy=name, left_out=str(error).splitlines()[0])
+                del seconds[name]
+                continue
             seconds[name].append(time.perf_counter() - start)
-        if max(max(times) for times in seconds.values()) > _ENOUGH_SECONDS:
+        if any(max(times) > _ENOUGH_SECONDS for times in seconds.values()):
             break
         if turn == 0:
-            seconds = {n: [] for n in engines}  # the first run warms up
-    return {n: len(tasks) / statistics.median(times) for n, times in seconds.items()}
+            seconds = {n: [] for n in seconds}  # the first run warms up
+    return {n: counts[n] / statistics.median(times) for n, times in seconds.items()}
 
 
 def _broadcast(engine: Engine, context: Context) -> Engine:

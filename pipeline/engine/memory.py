@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.algorithms.base import Algorithm
 from pipeline.core.functional import Model
 from pipeline.core.types import Params, Statistics, Task
+from pipeline.runtime.context import default_num_workers
 
 
 class _Ledger:
@@ -62,16 +62,15 @@ _TEMPORARIES = 4
 
 
 def planned_bytes(
-    gradient: Callable[[Algorithm, Model, Params, Task], object],
-    algorithm: Algorithm,
-    model: Model,
-    params: Params,
-    task: Task,
+    gradient: Callable[[Model, Params, Task], object], model: Model, params: Params, task: Task
 ) -> int:
     """Most bytes that a gradient of one task takes above its inputs.
 
     The gradient runs on tensors without data (PyTorch's `meta` device), so that nothing is computed
     and nothing allocated; what its graphs hold at any moment is counted, each storage once.
+
+    Raises:
+        RuntimeError: it looks at a number, or uses an operation that knows no such tensors.
     """
     shapes = {n: torch.empty_like(p, device="meta") for n, p in params.items()}
     empty = Task(
@@ -85,7 +84,7 @@ def planned_bytes(
     if statistics is not None:
         statistics = {n: s.to("meta") for n, s in statistics.items()}
     with _watched() as ledger:
-        gradient(algorithm, model.with_statistics(statistics), shapes, empty)
+        gradient(model.with_statistics(statistics), shapes, empty)
     return ledger.most + _TEMPORARIES * ledger.largest + 2 * bytes_of(params)
 
 
@@ -94,27 +93,24 @@ def bytes_of(params: Params | Statistics) -> int:
     return sum(p.nbytes for p in params.values())
 
 
-def free_bytes(device: torch.device, num_workers: int) -> int:
-    """Memory that this worker may count on: free on its GPU, or its share of the machine's."""
+def bytes_for_a_worker(device: torch.device) -> int:
+    """Memory that a worker may count on: its GPU's, or its share of what the machine has.
+
+    All of it and not what is free at the moment, and the share that it has when as many workers run
+    as this machine starts by default: a plan, and with it a run's bits, must not depend on the hour
+    or on the number of workers.
+    """
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + cached
-    return _free_on_machine() // num_workers
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return _bytes_of_machine() // default_num_workers()
 
 
-def _free_on_machine() -> int:
-    """Least of what the kernel calls available and what the control group leaves."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free = int(line.split()[1]) * 1024
-    limit, used = (Path(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
-    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
-        free = min(free, int(text) - int(used.read_text()))
-    return max(0, free)
+def _bytes_of_machine() -> int:
+    """What there is, or less where a control group sets a limit."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return min(total, int(text)) if text.isdecimal() else total
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

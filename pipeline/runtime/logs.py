@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import time
@@ -49,14 +50,14 @@ def say(event: str, **values: float | str) -> None:
 
 @contextmanager
 def progress(label: str, *, total: int, unit: str, done: int = 0) -> Iterator[Bar]:
-    """A live bar with rate and ETA on a terminal; JSON lines on stderr where there is none.
+    """A live bar with rate and ETA on a terminal; JSON lines where there is none, or no `rich`.
 
     Args:
         total: units of the whole work.
         unit: plural name of what is counted, e.g. "tasks".
         done: units finished by an earlier, interrupted run; they do not count for the rate.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and importlib.util.find_spec("rich"):
         with _terminal_bar(label, total, unit, done) as bar:
             yield bar
     else:
