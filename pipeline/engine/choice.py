@@ -36,6 +36,7 @@ _MARGIN = 1.1
 """A strategy replaces one before it in the order of preference only if it is this much faster:
 noise must not change the bits of a run."""
 _ROUNDS, _ENOUGH_SECONDS = 3, 2.0
+_WHOLE: dict[str, Strategy] = {"split": "loop", "vmap_split": "vmap"}
 _BATCHED = 1.5
 """What many tasks as one take above so many tasks alone, for copies between layouts."""
 
@@ -158,6 +159,8 @@ def _decide(
     if len(fitting) == 1:
         (only,) = fitting
         reason = "asked for" if config.strategy != "auto" else "the only one that applies"
+        if config.strategy not in ("auto", only):
+            reason = f"{config.strategy} was asked for, and there is no second order to split"
         if len(names) > 1:
             reason = f"the only one within {_mib(budget)}"
         return Choice(engine=plans[only].engine, reason=reason, tasks_per_second={})
@@ -176,9 +179,9 @@ def _candidates(
     config: EngineConfig, algorithm: Algorithm, num_tasks: int, device: torch.device
 ) -> list[Strategy]:
     """Strategies that differ for this algorithm, the usually best one first."""
-    if config.strategy != "auto":
-        return [config.strategy]
     splits = isinstance(algorithm, InnerLoop) and not algorithm.first_order
+    if config.strategy != "auto":
+        return [config.strategy if splits else _WHOLE.get(config.strategy, config.strategy)]
     one: list[Strategy] = ["loop", "split"] if splits else ["loop"]
     many: list[Strategy] = ["vmap", "vmap_split"] if splits else ["vmap"]
     if num_tasks == 1:
@@ -234,13 +237,12 @@ def _calibrate(
 ) -> dict[Strategy, float]:
     """Tasks per second of each, taken in turn; one that fails is left out, and said.
 
-    On a CPU a task or two are enough to tell, and other workers wait meanwhile. A slow case counts
-    its first run.
+    The first turn takes a task or two; by its time the others take as many of the group as a few
+    seconds allow, for other workers wait meanwhile. Where that is too few to fill a chunk, batching
+    looks slower than it is.
     """
     seconds: dict[Strategy, list[float]] = {n: [] for n in engines}
-    counts = {n: len(tasks) for n in engines}
-    if device.type == "cpu":
-        counts = {n: min(len(tasks), 2 if e.at_once else 1) for n, e in engines.items()}
+    counts = {n: min(len(tasks), 2 if e.at_once else 1) for n, e in engines.items()}
     for turn in range(1 + _ROUNDS):
         for name in list(seconds):
             start = time.perf_counter()
@@ -254,9 +256,12 @@ def _calibrate(
                 continue
             seconds[name].append(time.perf_counter() - start)
         if any(max(times) > _ENOUGH_SECONDS for times in seconds.values()):
-            break
+            break  # slow enough to count its first turn
         if turn == 0:
-            seconds = {n: [] for n in seconds}  # the first run warms up
+            for name, (once,) in seconds.items():
+                affordable = int(counts[name] * _ENOUGH_SECONDS / once)
+                counts[name] = max(counts[name], min(len(tasks), affordable))
+            seconds = {n: [] for n in seconds}
     return {n: counts[n] / statistics.median(times) for n, times in seconds.items()}
 
 

@@ -179,11 +179,15 @@ def test_all_strategies_agree_in_float32(algorithm: MAML | ProtoNet) -> None:
         assert relative_error(compute(algorithm, engine, torch.float32), reference) < 1e-5, engine
 
 
-@pytest.mark.parametrize("strategy", ["loop", "split"])
-def test_split_and_loop_give_the_same_bits_one_task_at_a_time(strategy: Any) -> None:
-    algorithm = MAML(num_inner_steps=3)
-    reference = compute(algorithm, Engine(), torch.float32)
-    found = compute(algorithm, Engine(strategy=strategy, stride=2), torch.float32)
+@pytest.mark.parametrize(("name", "settings"), BACKBONES, ids=[n for n, _ in BACKBONES])
+@pytest.mark.parametrize("mode", ["transductive", "inductive_support", "running"])
+def test_split_and_loop_give_the_same_bits_one_task_at_a_time(
+    mode: Any, name: str, settings: dict[str, Any]
+) -> None:
+    algorithm = MAML(num_inner_steps=3, batch_norm=mode)
+    reference = compute(algorithm, Engine(), torch.float32, name, settings)
+    engine = Engine(strategy="split", stride=2)
+    found = compute(algorithm, engine, torch.float32, name, settings)
     assert all(torch.equal(g, found.gradient[n]) for n, g in reference.gradient.items())
 
 

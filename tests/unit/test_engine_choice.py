@@ -75,6 +75,9 @@ def test_a_metric_learner_has_one_strategy_a_task_and_an_asked_for_one_holds(
     assert choose(ProtoNet(), memory).strategy == "loop"
     assert "only one that applies" in said(capsys)["why"]
     assert choose(MAML(first_order=True), memory).strategy == "loop"
+    capsys.readouterr()
+    assert choose(ProtoNet(), memory, strategy="split").strategy == "loop"
+    assert "no second order to split" in said(capsys)["why"]
     asked = choose(MAML(), memory, 4, strategy="vmap_split", chunk=3, precision="bf16")
     assert asked == Engine(strategy="vmap_split", chunk=3, precision="bf16")
 
