@@ -17,7 +17,11 @@ from pipeline.core.files import read_json
 from pipeline.launch.base import LOST_PEER, Job
 
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
-KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30)}
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(256 * 2**20),
+}
 """glibc's switches by which freed activations stay with the process: fetching fresh pages from the
 kernel for every gradient costs a tenth of its time. Other C libraries do not know them."""
 _POLL_SECONDS = 0.05
