@@ -34,7 +34,7 @@ from pipeline.tasks.spec import EpisodeSpec, bounds
 
 _MARGIN = 1.1
 """A strategy replaces one before it in the order of preference only if it is this much faster:
-noise must not change the bits of a run."""
+noise should seldom change the choice, for with it go a run's last digits."""
 _ROUNDS, _ENOUGH_SECONDS = 3, 2.0
 _WHOLE: dict[str, Strategy] = {"split": "loop", "vmap_split": "vmap"}
 _BATCHED = 1.5
@@ -83,8 +83,20 @@ def choose_engine(
     """
     found = Engine()
     if context.is_main:
-        found = _remembered_or_new(config, algorithm, model, params, tasks, context, memory)
+        work = Work(algorithm, model, params, tasks, context.device)
+        found = _remembered_or_new(config, work, memory)
     return _broadcast(found, context)
+
+
+class Work(NamedTuple):
+    """What a choice is for."""
+
+    algorithm: Algorithm
+    model: Model
+    params: Params
+    tasks: Sequence[Task]
+    """A group of the largest shape"""
+    device: torch.device
 
 
 def example_group(
@@ -102,22 +114,14 @@ def example_group(
     return tasks
 
 
-def _remembered_or_new(
-    config: EngineConfig,
-    algorithm: Algorithm,
-    model: Model,
-    params: Params,
-    tasks: Sequence[Task],
-    context: Context,
-    memory: Path,
-) -> Engine:
-    key = _key(config, algorithm, model, params, tasks)
+def _remembered_or_new(config: EngineConfig, work: Work, memory: Path) -> Engine:
+    key = _key(config, work)
     known = _read(memory)
     if key in known:
         choice = known[key]
         say("engine", strategy=choice.engine.strategy, why=f"remembered: {choice.reason}")
         return choice.engine
-    choice = _decide(config, algorithm, model, params, tasks, context.device)
+    choice = _decide(config, work)
     rates = {f"{n}_tasks_per_second": rate for n, rate in choice.tasks_per_second.items()}
     say("engine", strategy=choice.engine.strategy, why=choice.reason, **rates)
     if config.strategy == "auto":
@@ -140,17 +144,10 @@ def _read(memory: Path) -> dict[str, Choice]:
         ) from None
 
 
-def _decide(
-    config: EngineConfig,
-    algorithm: Algorithm,
-    model: Model,
-    params: Params,
-    tasks: Sequence[Task],
-    device: torch.device,
-) -> Choice:
-    budget = int(config.memory_share * bytes_for_a_worker(device))
-    names = _candidates(config, algorithm, len(tasks), device)
-    plans = {n: _plan(n, config, algorithm, model, params, tasks, budget) for n in names}
+def _decide(config: EngineConfig, work: Work) -> Choice:
+    budget = int(config.memory_share * bytes_for_a_worker(work.device))
+    names = _candidates(config, work)
+    plans = {n: plan(n, config, work, budget) for n in names}
     fitting = [n for n in names if plans[n].num_bytes <= budget]
     if not fitting:
         least = min(plans.values(), key=lambda plan: plan.num_bytes)
@@ -165,7 +162,7 @@ def _decide(
             reason = f"the only one within {_mib(budget)}"
         return Choice(engine=plans[only].engine, reason=reason, tasks_per_second={})
     engines = {n: plans[n].engine for n in fitting}
-    rates = _calibrate(engines, algorithm, model, params, tasks, device)
+    rates = _calibrate(engines, work)
     best = fitting[0]
     for name in fitting[1:]:
         if rates.get(name, 0.0) > _MARGIN * rates.get(best, 0.0):
@@ -175,35 +172,29 @@ def _decide(
     return Choice(engine=engines[best], reason=reason, tasks_per_second=rounded)
 
 
-def _candidates(
-    config: EngineConfig, algorithm: Algorithm, num_tasks: int, device: torch.device
-) -> list[Strategy]:
+def _candidates(config: EngineConfig, work: Work) -> list[Strategy]:
     """Strategies that differ for this algorithm, the usually best one first."""
+    algorithm = work.algorithm
     splits = isinstance(algorithm, InnerLoop) and not algorithm.first_order
     if config.strategy != "auto":
         return [config.strategy if splits else _WHOLE.get(config.strategy, config.strategy)]
     one: list[Strategy] = ["loop", "split"] if splits else ["loop"]
     many: list[Strategy] = ["vmap", "vmap_split"] if splits else ["vmap"]
-    if num_tasks == 1:
+    if len(work.tasks) == 1:
         return one
-    return [*many, *one] if device.type == "cuda" else [*one, *many]
+    return [*many, *one] if work.device.type == "cuda" else [*one, *many]
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
+    """A strategy with what fits into memory, and the bytes that it takes."""
+
     engine: Engine
     num_bytes: int
 
 
-def _plan(
-    name: Strategy,
-    config: EngineConfig,
-    algorithm: Algorithm,
-    model: Model,
-    params: Params,
-    tasks: Sequence[Task],
-    budget: int,
-) -> _Plan:
-    """The engine of a strategy with chunk and stride that fit, and the bytes that it plans."""
+def plan(name: Strategy, config: EngineConfig, work: Work, budget: int) -> Plan:
+    """The engine of a strategy with the chunk and stride that fit into so many bytes."""
+    algorithm, model, params, tasks, _ = work
     split = name in ("split", "vmap_split") and isinstance(algorithm, InnerLoop)
     steps = algorithm.num_inner_steps if isinstance(algorithm, InnerLoop) else 1
     copy = bytes_of(params) if split else 0
@@ -224,23 +215,17 @@ def _plan(
         each = int(_BATCHED * each)
         chunk = min(len(tasks), config.chunk or max(1, budget // each))
     engine = Engine(strategy=name, precision=config.precision, chunk=chunk, stride=stride)
-    return _Plan(engine, each * (chunk or 1))
+    return Plan(engine, each * (chunk or 1))
 
 
-def _calibrate(
-    engines: dict[Strategy, Engine],
-    algorithm: Algorithm,
-    model: Model,
-    params: Params,
-    tasks: Sequence[Task],
-    device: torch.device,
-) -> dict[Strategy, float]:
+def _calibrate(engines: dict[Strategy, Engine], work: Work) -> dict[Strategy, float]:
     """Tasks per second of each, taken in turn; one that fails is left out, and said.
 
     The first turn takes a task or two; by its time the others take as many of the group as a few
     seconds allow, for other workers wait meanwhile. Where that is too few to fill a chunk, batching
     looks slower than it is.
     """
+    algorithm, model, params, tasks, device = work
     seconds: dict[Strategy, list[float]] = {n: [] for n in engines}
     counts = {n: min(len(tasks), 2 if e.at_once else 1) for n, e in engines.items()}
     for turn in range(1 + _ROUNDS):
@@ -274,20 +259,15 @@ def _broadcast(engine: Engine, context: Context) -> Engine:
     return TypeAdapter(Engine).validate_json(first.rstrip(b"\0"))
 
 
-def _key(
-    config: EngineConfig,
-    algorithm: Algorithm,
-    model: Model,
-    params: Params,
-    tasks: Sequence[Task],
-) -> str:
+def _key(config: EngineConfig, work: Work) -> str:
     """What the choice depends on: machine, algorithm, network, shapes."""
+    model, tasks = work.model, work.tasks
     facts = {
         "machine": fingerprint(),
         "config": config.model_dump(mode="json"),
-        "algorithm": repr(algorithm),
+        "algorithm": repr(work.algorithm),
         "model": [model.batch_norm, repr(model.skeleton)],
-        "params": {n: list(p.shape) for n, p in sorted(params.items())},
+        "params": {n: list(p.shape) for n, p in sorted(work.params.items())},
         "tasks": [len(tasks), tasks[0].num_ways, *(list(t.shape) for t in tasks[0][:4])],
     }
     return hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:16]

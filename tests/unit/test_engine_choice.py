@@ -18,7 +18,14 @@ from pipeline.backbones.table import BackboneSpec, build_model, init_params
 from pipeline.core.errors import ConfigError
 from pipeline.core.functional import Model
 from pipeline.core.types import Params, Task
-from pipeline.engine.choice import EngineConfig, _plan, choose_engine, example_group
+from pipeline.engine.choice import (
+    EngineConfig,
+    Plan,
+    Work,
+    choose_engine,
+    example_group,
+    plan,
+)
 from pipeline.engine.memory import bytes_for_a_worker, planned_bytes
 from pipeline.engine.meta_gradient import Engine, meta_gradient
 from pipeline.runtime.context import SINGLE
@@ -127,23 +134,25 @@ def test_the_chunk_is_as_many_tasks_as_fit(strategy: Any) -> None:
     algorithm = MAML(num_inner_steps=2)
     model, params, tasks = parts(algorithm, 8)
 
-    def plan(budget: int) -> tuple[Engine, int]:
-        return _plan(strategy, EngineConfig(), algorithm, model, params, tasks, budget)
+    work = Work(algorithm, model, params, tasks, torch.device("cpu"))
 
-    roomy, all_bytes = plan(2**34)
+    def within(budget: int) -> Plan:
+        return plan(strategy, EngineConfig(), work, budget)
+
+    roomy, all_bytes = within(2**34)
     assert roomy.chunk == 8
-    half, half_bytes = plan(all_bytes // 2)
+    half, half_bytes = within(all_bytes // 2)
     assert half.chunk == 4
     assert half_bytes == all_bytes // 2
-    assert plan(0)[0].chunk == 1
+    assert within(0).engine.chunk == 1
 
 
 def test_little_memory_keeps_fewer_copies_of_the_weights() -> None:
     algorithm = MAML(num_inner_steps=16)
     model, params, tasks = parts(algorithm)
-    config = EngineConfig()
-    roomy, much = _plan("split", config, algorithm, model, params, tasks, 2**34)
-    tight, less = _plan("split", config, algorithm, model, params, tasks, 1000)
+    work = Work(algorithm, model, params, tasks, torch.device("cpu"))
+    roomy, much = plan("split", EngineConfig(), work, 2**34)
+    tight, less = plan("split", EngineConfig(), work, 1000)
     assert (roomy.stride, tight.stride) == (1, 4)
     assert less < much
 
