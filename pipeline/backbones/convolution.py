@@ -14,6 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
+from pipeline.backbones.products import (
+    convolve_each,
+    input_gradient_each,
+    weight_gradient_each,
+)
+
 _aten = torch.ops.aten
 
 
@@ -39,24 +45,40 @@ class Convolution(nn.Module):
 
 
 def _convolve(x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    if weight.ndim == 5:
+        return convolve_each(x, weight)
     return F.conv2d(x, weight, padding=weight.shape[-1] // 2, groups=groups)
 
 
 def _gradients(
     g: Tensor, x: Tensor, weight: Tensor, groups: int, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Cotangents of x and weight, where wanted, for the cotangent g of their convolution."""
+    if weight.ndim == 5:
+        gx = input_gradient_each(g, weight) if wanted[0] else None
+        return gx, weight_gradient_each(g, x, weight.shape[-1]) if wanted[1] else None
     pad = weight.shape[-1] // 2
     mask = [*wanted, False]
     ones = [1, 1]
-    result: tuple[Tensor, Tensor, Tensor] = _aten.convolution_backward(
+    result: tuple[Tensor | None, Tensor | None, None] = _aten.convolution_backward(
         g, x, weight, None, ones, [pad, pad], ones, False, [0, 0], groups, mask
     )
     return result[0], result[1]
 
 
+def products_win(device_type: str) -> bool:
+    """Whether filters of many tasks are applied by matrix products rather than by groups.
+
+    On a CPU they are half as fast as groups, and groups are slower than one task at a time.
+    """
+    return device_type == "cuda"
+
+
 class _Convolve(Function):
-    """y = x * w; PyTorch's own second derivative takes slow paths for small batches on CPUs."""
+    """y = x * w; PyTorch's own second derivative takes slow paths for small batches on CPUs.
+
+    Filters [T, O, I, K, K] are those of T tasks, for x [T, B, I, H, W].
+    """
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, groups: int) -> Tensor:
@@ -75,7 +97,7 @@ class _Convolve(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], x: Tensor, weight: Tensor, groups: int) -> Any:
-        """Tasks become examples where they share weights, and groups where they do not."""
+        """Tasks become examples where they share weights; else matrix products, or groups."""
         if in_dims[1] is None:
             x = x.movedim(in_dims[0], 0)
             y = _Convolve.apply(x.flatten(0, 1), weight, groups)  # type: ignore[no-untyped-call]
@@ -83,6 +105,8 @@ class _Convolve(Function):
         weight = weight.movedim(in_dims[1], 0)
         tasks = len(weight)
         x = x.expand(tasks, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        if products_win(x.device.type):
+            return _Convolve.apply(x, weight, groups), 0  # type: ignore[no-untyped-call]
         folded_x, folded_w = x.movedim(0, 1).flatten(1, 2), weight.flatten(0, 1)
         y = _Convolve.apply(folded_x, folded_w, groups * tasks)  # type: ignore[no-untyped-call]
         return y.unflatten(1, (tasks, -1)), 1
@@ -98,7 +122,7 @@ class _ConvolveBackward(Function):
     @staticmethod
     def forward(
         g: Tensor, x: Tensor, weight: Tensor, groups: int, wants_x: bool
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor | None]:
         return _gradients(g, x, weight, groups, (wants_x, True))
 
     @staticmethod

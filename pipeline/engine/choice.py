@@ -27,6 +27,7 @@ from pipeline.core.functional import Model, Precision
 from pipeline.core.types import Params, Task
 from pipeline.engine.memory import bytes_for_a_worker, bytes_of, planned_bytes
 from pipeline.engine.meta_gradient import Engine, Strategy, meta_gradient
+from pipeline.engine.replay import Compute, computed_by
 from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context, fingerprint
 from pipeline.runtime.logs import say
@@ -53,6 +54,8 @@ class EngineConfig(Section):
     """Tasks at once for vmap; null: as many as fit into memory"""
     memory_share: Annotated[float, Gt(0), Interval(le=1)] = 0.5
     """Share of a worker's memory that gradients may be planned into"""
+    cuda_graphs: bool = True
+    """On a GPU, record a group's kernels once for each shape and replay them"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,7 @@ def choose_engine(
     """
     found = Engine()
     if context.is_main:
-        work = Work(algorithm, model, params, tasks, context.device)
+        work = Work(algorithm, model, params, tasks, context)
         found = _remembered_or_new(config, work, memory)
     return _broadcast(found, context)
 
@@ -96,7 +99,7 @@ class Work(NamedTuple):
     params: Params
     tasks: Sequence[Task]
     """A group of the largest shape"""
-    device: torch.device
+    context: Context
 
 
 def example_group(
@@ -145,7 +148,7 @@ def _read(memory: Path) -> dict[str, Choice]:
 
 
 def _decide(config: EngineConfig, work: Work) -> Choice:
-    budget = int(config.memory_share * bytes_for_a_worker(work.device))
+    budget = int(config.memory_share * bytes_for_a_worker(work.context))
     names = _candidates(config, work)
     plans = {n: plan(n, config, work, budget) for n in names}
     fitting = [n for n in names if plans[n].num_bytes <= budget]
@@ -182,7 +185,7 @@ def _candidates(config: EngineConfig, work: Work) -> list[Strategy]:
     many: list[Strategy] = ["vmap", "vmap_split"] if splits else ["vmap"]
     if len(work.tasks) == 1:
         return one
-    return [*many, *one] if work.device.type == "cuda" else [*one, *many]
+    return [*many, *one] if work.context.device.type == "cuda" else [*one, *many]
 
 
 class Plan(NamedTuple):
@@ -214,7 +217,13 @@ def plan(name: Strategy, config: EngineConfig, work: Work, budget: int) -> Plan:
     if Engine(strategy=name).at_once:
         each = int(_BATCHED * each)
         chunk = min(len(tasks), config.chunk or max(1, budget // each))
-    engine = Engine(strategy=name, precision=config.precision, chunk=chunk, stride=stride)
+    engine = Engine(
+        strategy=name,
+        precision=config.precision,
+        chunk=chunk,
+        stride=stride,
+        cuda_graphs=config.cuda_graphs and work.context.device.type == "cuda",
+    )
     return Plan(engine, each * (chunk or 1))
 
 
@@ -225,21 +234,19 @@ def _calibrate(engines: dict[Strategy, Engine], work: Work) -> dict[Strategy, fl
     seconds allow, for other workers wait meanwhile. Where that is too few to fill a chunk, batching
     looks slower than it is.
     """
-    algorithm, model, params, tasks, device = work
+    tasks = work.tasks
+    runs = {n: computed_by(e) for n, e in engines.items()}
     seconds: dict[Strategy, list[float]] = {n: [] for n in engines}
     counts = {n: min(len(tasks), 2 if e.at_once else 1) for n, e in engines.items()}
     for turn in range(1 + _ROUNDS):
         for name in list(seconds):
-            start = time.perf_counter()
             try:
-                meta_gradient(algorithm, model, params, tasks[: counts[name]], engines[name])
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                once = _seconds(runs[name], engines[name], work, counts[name])
             except RuntimeError as error:
                 say("engine", strategy=name, left_out=str(error).splitlines()[0])
                 del seconds[name]
                 continue
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(once)
         if any(max(times) > _ENOUGH_SECONDS for times in seconds.values()):
             break  # slow enough to count its first turn
         if turn == 0:
@@ -248,6 +255,20 @@ def _calibrate(engines: dict[Strategy, Engine], work: Work) -> dict[Strategy, fl
                 counts[name] = max(counts[name], min(len(tasks), affordable))
             seconds = {n: [] for n in seconds}
     return {n: counts[n] / statistics.median(times) for n, times in seconds.items()}
+
+
+def _seconds(compute: Compute, engine: Engine, work: Work, num_tasks: int) -> float:
+    """Of one gradient; on a GPU of the second, for a shape's first call may record."""
+    algorithm, model, params, tasks, context = work
+    on_gpu = context.device.type == "cuda"
+    seconds = 0.0
+    for _ in range(2 if on_gpu else 1):
+        start = time.perf_counter()
+        compute(algorithm, model, params, tasks[:num_tasks], engine)
+        if on_gpu:
+            torch.cuda.synchronize(context.device)
+        seconds = time.perf_counter() - start
+    return seconds
 
 
 def _broadcast(engine: Engine, context: Context) -> Engine:
@@ -263,7 +284,7 @@ def _key(config: EngineConfig, work: Work) -> str:
     """What the choice depends on: machine, algorithm, network, shapes."""
     model, tasks = work.model, work.tasks
     facts = {
-        "machine": fingerprint(),
+        "machine": [fingerprint(), work.context.workers_per_device],
         "config": config.model_dump(mode="json"),
         "algorithm": repr(work.algorithm),
         "model": [model.batch_norm, repr(model.skeleton)],

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeline.core.functional import Model
 from pipeline.core.types import Params, Statistics, Task
-from pipeline.runtime.context import default_num_workers
+from pipeline.runtime.context import Context, default_num_workers
 
 
 class _Ledger:
@@ -93,15 +93,16 @@ def bytes_of(params: Params | Statistics) -> int:
     return sum(p.nbytes for p in params.values())
 
 
-def bytes_for_a_worker(device: torch.device) -> int:
-    """Memory that a worker may count on: its GPU's, or its share of what the machine has.
+def bytes_for_a_worker(context: Context) -> int:
+    """Memory that a worker may count on: its share of its GPU's, or of what the machine has.
 
     All of it and not what is free at the moment, and the share that it has when as many workers run
     as this machine starts by default: a plan, and with it a run's bits, must not depend on the hour
-    or on the number of workers.
+    or on the number of workers. (On a GPU it does where there are more workers than GPUs.)
     """
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+    if context.device.type == "cuda":
+        total = int(torch.cuda.get_device_properties(context.device).total_memory)
+        return total // context.workers_per_device
     return _bytes_of_machine() // default_num_workers()
 
 

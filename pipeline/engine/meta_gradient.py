@@ -17,7 +17,7 @@ from pipeline.algorithms.inner_loop import InnerLoop, inner_loop_loss
 from pipeline.core.functional import Model, Precision
 from pipeline.core.types import Metrics, Params, Task
 from pipeline.engine.batched import Batched, batched_loss, stack
-from pipeline.engine.split import add, split_gradient
+from pipeline.engine.split import split_gradient
 
 Strategy = Literal["loop", "vmap", "split", "vmap_split"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
@@ -46,6 +46,8 @@ class Engine:
     """Tasks at once, where they are computed as one; None: all of a group."""
     stride: int = 1
     """Of a split inner loop: every stride-th copy of the fast weights is kept."""
+    cuda_graphs: bool = False
+    """On a GPU, a run's groups are recorded once for each shape and replayed."""
 
     @property
     def at_once(self) -> bool:
@@ -69,15 +71,14 @@ def meta_gradient(
     if not tasks:
         raise ValueError("meta_gradient needs at least one task")
     size = engine.chunk or len(tasks) if engine.at_once else 1
-    total: Params | None = None
+    total = {n: torch.zeros_like(p) for n, p in params.items()}
     rows = []
     for first in range(0, len(tasks), size):
         gradient, metrics = _chunk_gradient(
             algorithm, model, params, tasks[first : first + size], engine
         )
         rows.append(metrics)
-        total = gradient if total is None else add(total, gradient)
-    assert total is not None
+        torch._foreach_add_(list(total.values()), [gradient[n] for n in total])
     metrics = {n: torch.cat([row[n].reshape(-1) for row in rows]) for n in rows[0]}
     return GroupGradient(total, metrics)
 

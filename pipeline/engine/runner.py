@@ -10,7 +10,8 @@ from pipeline.core.errors import TrainingError
 from pipeline.core.functional import Model
 from pipeline.core.types import Params, Task
 from pipeline.engine.memory import is_out_of_memory
-from pipeline.engine.meta_gradient import Engine, GroupGradient, meta_gradient
+from pipeline.engine.meta_gradient import Engine, GroupGradient
+from pipeline.engine.replay import computed_by
 from pipeline.runtime.logs import say
 
 
@@ -19,6 +20,7 @@ class Runner:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._compute = computed_by(engine)
         self._halved = False
 
     def __call__(
@@ -30,7 +32,7 @@ class Runner:
             TrainingError: there is too little memory for the smaller chunk too.
         """
         try:
-            return meta_gradient(algorithm, model, params, tasks, self.engine)
+            return self._compute(algorithm, model, params, tasks, self.engine)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise

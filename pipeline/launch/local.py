@@ -60,6 +60,7 @@ def _start(job: Job, rank: int, config_file: Path, folder: Path) -> subprocess.P
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(job.num_workers),
+        "LOCAL_WORLD_SIZE": str(job.num_workers),
         "METALOOM_RENDEZVOUS": f"file://{(folder / 'rendezvous').resolve()}",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", _LOOPBACK),
         "OMP_NUM_THREADS": "1",

@@ -74,12 +74,14 @@ def exact_sum(parts: Sequence[Tensor], num_groups: int, context: Context) -> Ten
     return tree_sum(list(gathered))
 
 
-def fast_sum(parts: Sequence[Tensor], context: Context) -> Tensor:
+def fast_sum(parts: Sequence[Tensor]) -> Tensor:
     """Sum by the backend's all-reduce: quicker on many workers, other bits for each world size."""
-    total = tree_sum(parts).clone()
-    if context.world_size > 1:
-        dist.all_reduce(total)
-    return total
+    total = tree_sum(parts)
+    if not dist.is_initialized():
+        return total
+    shared = _sendable(total).clone()
+    dist.all_reduce(shared)
+    return shared.to(total.device)
 
 
 def gather_shares(values: Tensor, count: int, context: Context) -> Tensor:
@@ -96,24 +98,32 @@ def gather_shares(values: Tensor, count: int, context: Context) -> Tensor:
     most = len(share(count, 0, context.world_size))
     padded = torch.zeros(most, *values.shape[1:], dtype=values.dtype, device=values.device)
     padded[: len(values)] = values
-    received = [torch.empty_like(padded) for _ in range(context.world_size)]
-    dist.all_gather(received, padded)
+    sent = _sendable(padded)
+    received = [torch.empty_like(sent) for _ in range(context.world_size)]
+    dist.all_gather(received, sent)
     shares = [len(share(count, r, context.world_size)) for r in range(context.world_size)]
-    return torch.cat([part[:n] for part, n in zip(received, shares, strict=True)])
+    everyone = torch.cat([part[:n] for part, n in zip(received, shares, strict=True)])
+    return everyone.to(values.device)
 
 
-def barrier(context: Context) -> None:
+def barrier() -> None:
     """Wait until every worker is here."""
-    if context.world_size > 1:
+    if dist.is_initialized():
         dist.barrier()
 
 
 def _exchange(mine: Tensor, partner: int) -> Tensor:
-    theirs = torch.empty_like(mine)
-    sends = [dist.P2POp(dist.isend, mine, partner), dist.P2POp(dist.irecv, theirs, partner)]
+    sent = _sendable(mine)
+    theirs = torch.empty_like(sent)
+    sends = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, theirs, partner)]
     for work in dist.batch_isend_irecv(sends):
         work.wait()
-    return theirs
+    return theirs.to(mine.device)
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """On the host where the workers talk over gloo, which sends nothing from a GPU."""
+    return tensor.cpu() if dist.get_backend() == "gloo" else tensor
 
 
 def _power_of_two(number: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ class Context:
     rank: int
     world_size: int
     device: torch.device
+    workers_per_device: int = 1
+    """Of a GPU: how many workers share it."""
 
     @property
     def is_main(self) -> bool:
@@ -51,15 +54,20 @@ def worker_context() -> Iterator[Context]:
             "RANK and WORLD_SIZE are not set: this module is started by a launcher, not by hand. "
             "Run `python -m stages.meta_train`."
         ) from None
-    context = Context(rank, world_size, _device())
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    device = _device()
+    sharing = math.ceil(local_size / torch.cuda.device_count()) if device.type == "cuda" else 1
+    context = Context(rank, world_size, device, sharing)
     make_deterministic()
-    if world_size > 1:
+    if world_size > 1 or device.type == "cuda":
+        backend = backend_for(device, sharing)
         dist.init_process_group(
-            "nccl" if context.device.type == "cuda" else "gloo",
+            backend,
             init_method=os.environ.get("METALOOM_RENDEZVOUS", "env://"),
             rank=rank,
             world_size=world_size,
             timeout=_TIMEOUT,
+            device_id=device if backend == "nccl" else None,
         )
     try:
         yield context
@@ -68,14 +76,23 @@ def worker_context() -> Iterator[Context]:
             dist.destroy_process_group()
 
 
+def backend_for(device: torch.device, workers_per_device: int) -> str:
+    """NCCL between GPUs; it refuses two workers on one, which talk over gloo by way of the host."""
+    return "nccl" if device.type == "cuda" and workers_per_device == 1 else "gloo"
+
+
 def make_deterministic() -> None:
-    """One intra-op thread and deterministic kernels: the same bits whatever the world size."""
+    """One intra-op thread and deterministic kernels: the same bits whatever the world size.
+
+    On a GPU fp32 then means fp32: PyTorch's default rounds the inputs of convolutions to TF32.
+    """
     torch.set_num_threads(1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # The default then writes NaN over all fresh memory, which costs a pass for every result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def default_num_workers() -> int:

@@ -128,7 +128,7 @@ def optimise(
                 if context.is_main:
                     save_checkpoint(checkpoints, state.progress.step, *state.checkpoint())
             _report(state, rates, log, bar, per_step)
-    barrier(context)
+    barrier()
     if log is not None:
         log.close()
     return state
@@ -137,7 +137,7 @@ def optimise(
 def _resume(start: Params, checkpoints: Path, context: Context) -> TrainState:
     if context.is_main:
         tidy_checkpoints(checkpoints)
-    barrier(context)
+    barrier()
     saved = load_checkpoint(checkpoints)
     return fresh_state(start) if saved is None else restored_state(saved, context.device)
 
@@ -156,7 +156,7 @@ def _gradient(
     if config.reduction == "exact":
         total = exact_sum(parts, program.num_groups, context)
     else:
-        total = fast_sum(parts, context)
+        total = fast_sum(parts)
     names = sorted(results[0].metrics)
     own = torch.stack([torch.stack([r.metrics[n].float() for n in names]) for r in results])
     everyone = gather_shares(own, program.num_groups, context)  # [G, metrics, T]

@@ -35,14 +35,14 @@ def group_vector(config: Sums, group: int) -> torch.Tensor:
 def sums(config: Sums, context: Context) -> dict[str, Any]:
     """Exact and fast sums, and the gathered groups, as hex so that bits can be compared."""
     own = owned_groups(config.num_groups, context)
-    parts = [group_vector(config, g) for g in own]
+    parts = [group_vector(config, g).to(context.device) for g in own]
     gathered = gather_shares(torch.stack(parts), config.num_groups, context)
     uneven = share(5, context.rank, context.world_size)
     odd = gather_shares(torch.tensor(list(uneven), dtype=torch.int64), 5, context)
     return {
-        "exact": exact_sum(parts, config.num_groups, context).numpy().tobytes().hex(),
-        "fast": fast_sum(parts, context).tolist(),
-        "gathered": gathered.numpy().tobytes().hex(),
+        "exact": exact_sum(parts, config.num_groups, context).cpu().numpy().tobytes().hex(),
+        "fast": fast_sum(parts).tolist(),
+        "gathered": gathered.cpu().numpy().tobytes().hex(),
         "odd": odd.tolist(),
     }
 

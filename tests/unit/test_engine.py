@@ -15,6 +15,8 @@ from pipeline.algorithms.base import Algorithm
 from pipeline.algorithms.inner_loop import inner_loop_loss
 from pipeline.algorithms.maml import MAML
 from pipeline.algorithms.protonet import ProtoNet
+from pipeline.backbones import convolution
+from pipeline.backbones.products import convolve_each
 from pipeline.backbones.table import BackboneSpec, build_model, init_params
 from pipeline.core.functional import Model
 from pipeline.core.types import Metrics, Params, Task
@@ -170,6 +172,28 @@ def test_all_strategies_agree_in_float64(
         assert relative_error(found, reference) < 1e-10, engine
         for key, values in reference.metrics.items():
             torch.testing.assert_close(found.metrics[key], values, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["conv4", "resnet12"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)
+def test_matrix_products_agree_with_convolutions(
+    algorithm: MAML | ProtoNet, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU computes, on the CPU."""
+    settings = dict(BACKBONES)[name]
+    reference = compute(algorithm, Engine(), torch.float64, name, settings)
+    used: list[bool] = []
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        used.append(True)
+        return convolve_each(x, weight)
+
+    monkeypatch.setattr(convolution, "products_win", lambda device_type: True)
+    monkeypatch.setattr(convolution, "convolve_each", convolve)
+    for engine in (Engine(strategy="vmap"), Engine(strategy="vmap_split", chunk=2, stride=2)):
+        found = compute(algorithm, engine, torch.float64, name, settings)
+        assert relative_error(found, reference) < 1e-10, engine
+    assert bool(used) == isinstance(algorithm, MAML), "a ProtoNet's tasks share their filters"
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=str)

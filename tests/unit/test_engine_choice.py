@@ -134,7 +134,7 @@ def test_the_chunk_is_as_many_tasks_as_fit(strategy: Any) -> None:
     algorithm = MAML(num_inner_steps=2)
     model, params, tasks = parts(algorithm, 8)
 
-    work = Work(algorithm, model, params, tasks, torch.device("cpu"))
+    work = Work(algorithm, model, params, tasks, SINGLE)
 
     def within(budget: int) -> Plan:
         return plan(strategy, EngineConfig(), work, budget)
@@ -150,7 +150,7 @@ def test_the_chunk_is_as_many_tasks_as_fit(strategy: Any) -> None:
 def test_little_memory_keeps_fewer_copies_of_the_weights() -> None:
     algorithm = MAML(num_inner_steps=16)
     model, params, tasks = parts(algorithm)
-    work = Work(algorithm, model, params, tasks, torch.device("cpu"))
+    work = Work(algorithm, model, params, tasks, SINGLE)
     roomy, much = plan("split", EngineConfig(), work, 2**34)
     tight, less = plan("split", EngineConfig(), work, 1000)
     assert (roomy.stride, tight.stride) == (1, 4)
@@ -256,9 +256,9 @@ def test_out_of_memory_twice_is_an_error_that_says_how_to_mend_it() -> None:
 
 def test_a_plan_depends_on_the_machine_alone() -> None:
     """Not on what is free at the moment, which would change the bits of a run from hour to hour."""
-    before = bytes_for_a_worker(torch.device("cpu"))
+    before = bytes_for_a_worker(SINGLE)
     ballast = torch.ones(2**26)
-    assert bytes_for_a_worker(torch.device("cpu")) == before > ballast.nbytes
+    assert bytes_for_a_worker(SINGLE) == before > ballast.nbytes
 
 
 def test_planning_computes_nothing() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pipeline.backbones.convolution import Convolution, _Convolve
 from pipeline.backbones.layout import channels_last
 from pipeline.backbones.norm import EPSILON, BatchNorm, _Normalise, moments
+from pipeline.backbones.products import convolve_each
 
 
 def twin(channels: int, dims: int) -> tuple[BatchNorm, nn.Module]:
@@ -122,3 +123,22 @@ def test_convolutions_stay_in_the_fast_layout(channels: int) -> None:
     torch.testing.assert_close(channels_last(x), x, rtol=0, atol=0)
     answer = Convolution(channels, 6)(x)
     assert answer.stride() == (8 * 8 * 6, 1, 8 * 6, 6)
+
+
+@pytest.mark.parametrize("side", [1, 3])
+def test_filters_of_many_tasks_match_one_task_at_a_time_and_finite_differences(side: int) -> None:
+    torch.manual_seed(6)
+    x = channels_last(torch.randn(6, 3, 5, 4, dtype=torch.float64)).unflatten(0, (2, 3))
+    weight = torch.randn(2, 4, 3, side, side, dtype=torch.float64)
+    one_by_one = [
+        nn.functional.conv2d(a, w, padding="same") for a, w in zip(x, weight, strict=True)
+    ]
+    found = convolve_each(x, weight)
+    torch.testing.assert_close(found, torch.stack(one_by_one), rtol=1e-12, atol=1e-12)
+
+    def convolve(x: Tensor, weight: Tensor) -> Tensor:
+        return _Convolve.apply(x, weight, 1)  # type: ignore[no-any-return]
+
+    leaves = (x[:, :2].requires_grad_(), weight.requires_grad_())
+    assert torch.autograd.gradcheck(convolve, leaves)
+    assert torch.autograd.gradgradcheck(convolve, leaves)
