@@ -17,6 +17,7 @@ from pipeline.core.types import Task
 from pipeline.engine.learner import Preprocessing
 from pipeline.tasks.sampler import Episodes
 from pipeline.tasks.stream import TrainStream
+from pipeline.training.augment import EPISODE_MOVES, OFF, AugmentConfig, draw_moves, moved
 from pipeline.training.feed import Feed, Key
 from pipeline.training.pictures import Pictures, to_device
 
@@ -35,6 +36,8 @@ class HostEpisodes(NamedTuple):
     """[E, Q]"""
     num_ways: int
     """N"""
+    moves: Tensor | None
+    """[E, S + Q, 3], of the pictures; None leaves them as they are"""
 
 
 def episode_feed(
@@ -45,13 +48,22 @@ def episode_feed(
     device: torch.device,
     *,
     ahead: int,
+    augment: AugmentConfig = OFF,
 ) -> Feed[HostEpisodes, list[Task]]:
     """The tasks of a worker's groups, position after position."""
 
     def load(keys: Iterator[Key]) -> Iterator[HostEpisodes]:
         for block in blocks(keys):
-            for episodes in stream.groups(block):
-                yield fetch_episodes(episodes, source)
+            drawn = stream.groups(block)
+            moves = draw_moves(
+                augment,
+                seed=stream.seed,
+                stream=EPISODE_MOVES,
+                indices=(stream.indices(*key) for key in block),
+                sizes=[g.support_rows.shape[1] + g.query_rows.shape[1] for g in drawn],
+            )
+            for episodes, own in zip(drawn, moves, strict=True):
+                yield fetch_episodes(episodes, source, own)
 
     def land(episodes: HostEpisodes) -> list[Task]:
         return land_tasks(episodes, source, preprocessing, device)
@@ -59,7 +71,9 @@ def episode_feed(
     return Feed(load, land, groups, ahead=ahead)
 
 
-def fetch_episodes(episodes: Episodes, source: Pictures) -> HostEpisodes:
+def fetch_episodes(
+    episodes: Episodes, source: Pictures, moves: Tensor | None = None
+) -> HostEpisodes:
     """The host half of the way from rows to tasks."""
     rows = np.concatenate([episodes.support_rows, episodes.query_rows], axis=1)
     return HostEpisodes(
@@ -67,17 +81,19 @@ def fetch_episodes(episodes: Episodes, source: Pictures) -> HostEpisodes:
         torch.from_numpy(np.array(episodes.support_labels)),  # copies: these are broadcast
         torch.from_numpy(np.array(episodes.query_labels)),
         episodes.classes.shape[1],
+        moves,
     )
 
 
 def land_tasks(
     episodes: HostEpisodes, source: Pictures, preprocessing: Preprocessing, device: torch.device
 ) -> list[Task]:
-    """The device half: move, normalise there, and cut into tasks."""
+    """The device half: bring there, augment, normalise, and cut into tasks."""
     fetched, support_y, query_y = (
         to_device(t, device) for t in (episodes.fetched, episodes.support_y, episodes.query_y)
     )
-    inputs, num_support = preprocessing(source.pictures(fetched)), support_y.shape[1]
+    pictures = moved(source.pictures(fetched), episodes.moves)
+    inputs, num_support = preprocessing(pictures), support_y.shape[1]
     return [
         Task(x[:num_support], sy, x[num_support:], qy, episodes.num_ways)
         for x, sy, qy in zip(inputs, support_y, query_y, strict=True)

@@ -25,6 +25,7 @@ from pipeline.tasks.frozen import read_episodes
 from pipeline.tasks.plan import TrainingStream, read_training_stream
 from pipeline.tasks.stream import TrainStream, train_stream
 from pipeline.training.artefact import best_of, leave_learner, run_folder
+from pipeline.training.augment import AugmentConfig
 from pipeline.training.loop import OuterConfig, Validate, optimise
 from pipeline.training.programs import MetaTraining
 from pipeline.training.state import Best, TrainState, fresh_state, unflatten
@@ -43,6 +44,7 @@ class MetaTrainConfig(Section):
     """Groups of the meta-batch, each computed whole by one worker: part of the run's identity."""
     tasks_per_group: PositiveInt = 1
     """Episodes in a group; they share ways and shots."""
+    augment: AugmentConfig = AugmentConfig()
     engine: EngineConfig = EngineConfig()
     outer: OuterConfig = OuterConfig()
 
@@ -99,11 +101,12 @@ def meta_train(
 def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
     """What every worker does."""
     store = open_store(job.store)
+    job.config.augment.check_fits(store.image_shape, where="meta_train.augment")
     stream = read_training_stream(job.tasks)
     template = _template(job, context)
     engine = _engine(job, template, store, stream, context)
     source = _stream(job.config, store, stream)
-    program = MetaTraining(template, store, source, context, Runner(engine))
+    program = MetaTraining(template, store, source, context, Runner(engine), job.config.augment)
     validate = validator(store, read_episodes(job.tasks, "val"), context)
     if template.algorithm.trainable:
         state = optimise(
@@ -128,6 +131,7 @@ def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
         "training_episodes": stream.model_dump(mode="json"),
         "num_groups": job.config.num_groups,
         "tasks_per_group": job.config.tasks_per_group,
+        "augment": job.config.augment.model_dump(mode="json"),
         "engine": {"strategy": engine.strategy, "precision": engine.precision},
     }
     return leave_learner(job.target, learner, state, origin, context)

@@ -21,6 +21,7 @@ from pipeline.runtime.context import Context
 from pipeline.store.reader import Store, open_store
 from pipeline.tasks.frozen import read_episodes
 from pipeline.training.artefact import best_of, leave_learner, run_folder
+from pipeline.training.augment import AugmentConfig
 from pipeline.training.loop import OuterConfig, optimise
 from pipeline.training.programs import Supervised
 from pipeline.training.state import unflatten
@@ -33,11 +34,12 @@ class PretrainConfig(Section):
     candidates: list[str] = Field(default=["conv4"], min_length=1)
     """Backbones to pre-train; the best by validation episodes is meta-trained."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Of the initial weights and of the examples' order."""
+    """Of the initial weights, of the examples' order and of their moves."""
     num_groups: PositiveInt = 8
     """Groups of a batch, each computed whole by one worker."""
     examples_per_group: PositiveInt = 32
     """Examples in a group: the batch that batch norm sees."""
+    augment: AugmentConfig = AugmentConfig()
     outer: OuterConfig = OuterConfig()
     conv4: Conv4Config = Conv4Config()
     resnet12: ResNet12Config = ResNet12Config()
@@ -50,7 +52,7 @@ class PretrainConfig(Section):
             ConfigError: no such backbone.
         """
         settings = getattr(self, candidate, None)
-        if candidate in ("outer", "seed") or not isinstance(settings, Section):
+        if candidate in ("augment", "outer", "seed") or not isinstance(settings, Section):
             raise ConfigError(
                 f"pretrain.candidates: no backbone {candidate!r}. Known ones: conv4, resnet12, mlp."
             )
@@ -93,10 +95,17 @@ def run(job: PretrainJob, context: Context) -> dict[str, Any]:
     """What every worker does."""
     store = open_store(job.store)
     config = job.config
+    config.augment.check_fits(store.image_shape, where="pretrain.augment")
     spec = config.backbone(job.candidate, store.image_shape)
     template = initial_learner(spec, store, config.seed, context)
     program = Supervised(
-        template, store, config.seed, config.num_groups, config.examples_per_group, context
+        template,
+        store,
+        config.seed,
+        config.num_groups,
+        config.examples_per_group,
+        context,
+        config.augment,
     )
     head = {n: p.to(context.device) for n, p in program.init_head().items()}
     start = {**template.params, **head}
@@ -116,6 +125,7 @@ def run(job: PretrainJob, context: Context) -> dict[str, Any]:
         "stage": "pretrain",
         "candidate": job.candidate,
         "store_digest": store.digest,
+        "augment": config.augment.model_dump(mode="json"),
     }
     return leave_learner(job.target, learner, state, origin, context)
 

@@ -24,6 +24,7 @@ from pipeline.runtime.context import Context
 from pipeline.store.reader import Store
 from pipeline.tasks.sampler import ClassTable, Ints, class_table
 from pipeline.tasks.stream import TrainStream
+from pipeline.training.augment import EXAMPLE_MOVES, OFF, AugmentConfig, draw_moves, moved
 from pipeline.training.episodes import HostEpisodes, blocks, episode_feed, num_ahead
 from pipeline.training.feed import Feed, Key
 from pipeline.training.pictures import to_device, training_pictures
@@ -67,6 +68,7 @@ class MetaTraining:
     context: Context
     runner: Runner
     """Computes the gradients, by the strategy that was chosen for the run."""
+    augment: AugmentConfig = OFF
     unit: str = "tasks"
 
     @property
@@ -85,7 +87,9 @@ class MetaTraining:
         source = training_pictures(self.store, device)
         ahead = num_ahead(groups, device)
         preprocessing = self.template.preprocessing
-        return episode_feed(self.stream, source, preprocessing, groups, device, ahead=ahead)
+        return episode_feed(
+            self.stream, source, preprocessing, groups, device, ahead=ahead, augment=self.augment
+        )
 
     def gradient(self, params: Params, batch: list[Task]) -> GroupGradient:
         """Sum of the tasks' meta-gradients."""
@@ -112,6 +116,7 @@ class Supervised:
     num_groups: int
     items_per_group: int
     context: Context
+    augment: AugmentConfig = OFF
     unit: str = "examples"
 
     def init_head(self) -> Params:
@@ -121,23 +126,20 @@ class Supervised:
         weight = torch.randn(num_classes, width, generator=generator) * width**-0.5
         return {"classifier.weight": weight, "classifier.bias": torch.zeros(num_classes)}
 
-    def feed(self, groups: Sequence[int]) -> Feed[Examples, Examples]:
+    def feed(self, groups: Sequence[int]) -> Feed[HostExamples, Examples]:
         """The examples of these groups."""
         device = self.context.device
         source = training_pictures(self.store, device)
         table = class_table(self.store, "train", min_examples=0)
 
-        def load(keys: Iterator[Key]) -> Iterator[Examples]:
+        def load(keys: Iterator[Key]) -> Iterator[HostExamples]:
             for block in blocks(keys):
-                rows, labels = self._draw(table, block)
-                for one, label in zip(rows, labels, strict=True):
-                    yield Examples(source.fetch(one), torch.from_numpy(label))
+                for rows, labels, moves in self._draw(table, block):
+                    yield HostExamples(source.fetch(rows), torch.from_numpy(labels), moves)
 
-        def land(fetched: Examples) -> Examples:
-            pictures = source.pictures(to_device(fetched.inputs, device))
-            return Examples(
-                self.template.preprocessing(pictures), to_device(fetched.labels, device)
-            )
+        def land(host: HostExamples) -> Examples:
+            pictures = moved(source.pictures(to_device(host.fetched, device)), host.moves)
+            return Examples(self.template.preprocessing(pictures), to_device(host.labels, device))
 
         return Feed(load, land, groups, ahead=num_ahead(groups, device))
 
@@ -159,22 +161,42 @@ class Supervised:
         kept = {n: p for n, p in params.items() if n.startswith(BACKBONE)}
         return with_params(self.template, kept)
 
-    def _draw(self, table: ClassTable, keys: Sequence[Key]) -> tuple[Ints, Ints]:
-        """Rows and labels [G, T] of some groups: a class, then one of its examples."""
+    def _draw(
+        self, table: ClassTable, keys: Sequence[Key]
+    ) -> Iterator[tuple[Ints, Ints, Tensor | None]]:
+        """Rows and labels [T] of some groups, a class, then one of its examples; and its moves."""
         groups = np.array([position * self.num_groups + group for position, group in keys])
         indices = groups[:, None] * self.items_per_group + np.arange(self.items_per_group)
         words = random_words(self.seed, _SUPERVISED_STREAM, indices, 2)
         num_classes, counts = np.uint64(len(table.ids)), table.counts.astype(np.uint64)
         label = ((words[..., 0] * num_classes) >> np.uint64(32)).astype(np.int64)
         picked = ((words[..., 1] * counts[label]) >> np.uint64(32)).astype(np.int64)
-        return table.offsets[label] + picked, label
+        moves = draw_moves(
+            self.augment,
+            seed=self.seed,
+            stream=EXAMPLE_MOVES,
+            indices=indices,
+            sizes=[1] * len(keys),
+        )
+        return zip(table.offsets[label] + picked, label, moves, strict=True)
+
+
+class HostExamples(NamedTuple):
+    """A group of labelled pictures in host memory."""
+
+    fetched: Tensor
+    """[T, ...]: pictures or row numbers"""
+    labels: Tensor
+    """[T]"""
+    moves: Tensor | None
+    """[T, 1, 3], of the pictures; None leaves them as they are"""
 
 
 class Examples(NamedTuple):
-    """A group of labelled pictures: what travels to the device, and what it becomes there."""
+    """A group of labelled inputs on the device."""
 
     inputs: Tensor
-    """[T, ...]: pictures or row numbers on the host, float inputs on the device"""
+    """[T, C, H, W]"""
     labels: Tensor
     """[T]"""
 

@@ -14,6 +14,7 @@ from pipeline.launch.base import Job
 from pipeline.launch.local import launch_local
 from pipeline.runtime.context import SINGLE
 from pipeline.store.reader import Store
+from pipeline.training.augment import OFF, AugmentConfig
 from pipeline.training.loop import OuterConfig
 from pipeline.training.meta_train import MetaTrainConfig, MetaTrainJob
 from pipeline.training.pretrain import PretrainConfig, initial_learner
@@ -40,6 +41,7 @@ def make_job(
     algorithm: AlgorithmConfig = _PROTONET,
     engine: EngineConfig = _AUTO,
     tasks_per_group: int = 1,
+    augment: AugmentConfig = OFF,
     **changes: Any,
 ) -> MetaTrainJob:
     """A job whose files all live in `folder`; `changes` go to the outer configuration."""
@@ -59,6 +61,7 @@ def make_job(
             algorithm=algorithm,
             engine=engine,
             tasks_per_group=tasks_per_group,
+            augment=augment,
             outer=OuterConfig(**outer),
         ),
         store=store.folder,

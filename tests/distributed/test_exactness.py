@@ -16,6 +16,7 @@ from pipeline.engine.meta_gradient import STRATEGIES
 from pipeline.launch.base import Job
 from pipeline.launch.local import launch_local
 from pipeline.store.reader import Store
+from pipeline.training.augment import AugmentConfig
 from pipeline.training.loop import OuterConfig
 from tests.distributed.entries import Choices
 from tests.distributed.small_run import digest, make_job, run
@@ -52,6 +53,7 @@ _MAML = AlgorithmConfig(name="maml", maml=MAML(num_inner_steps=2))
 def test_maml_ends_with_the_same_bits_by_every_strategy(
     strategy: Any, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:
+    """On augmented pictures: their moves do not depend on the worker either."""
     digests = set()
     for workers in (1, 2):
         job = make_job(
@@ -61,6 +63,7 @@ def test_maml_ends_with_the_same_bits_by_every_strategy(
             algorithm=_MAML,
             engine=EngineConfig(strategy=strategy),
             tasks_per_group=2,
+            augment=AugmentConfig(max_shift=2, flip=True),
             num_steps=4,
         )
         run(job, workers)
