@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.cases import Case, Contestant, Device, cases_of, num_cores
+from benchmarks.entrant import end_on_sigterm
 from benchmarks.entries import entrants
 from benchmarks.measure import Effort, measure
 from benchmarks.record import RECORD, Record, Row, read_record, this_machine
@@ -49,6 +50,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="of a round")
     options = parser.parse_args()
+    end_on_sigterm()
     effort = Effort(rounds=options.rounds, seconds=options.seconds)
     device: Device = "cuda" if torch.cuda.is_available() else "cpu"
     recorded, about = recorded_rows(read_record(options.record), device)
@@ -127,7 +129,7 @@ def _fresh(
     case: Case, chosen: Sequence[Contestant], device: Device, effort: Effort
 ) -> Sequence[Row]:
     without_error = case.model_copy(update={"error_tasks": 0})
-    return measure(without_error, chosen, effort, this_machine(device).name, Record()).rows
+    return measure(without_error, chosen, effort, this_machine(device), Record()).rows
 
 
 def _change(row: Comparison) -> float:

@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import CASES, Case, Device, cases_of, num_cores
+from benchmarks.entrant import end_on_sigterm
 from benchmarks.entries import entrants
 from benchmarks.measure import Effort, measure
 from benchmarks.record import (
     RECORD,
+    Machine,
     Record,
     Row,
     merged,
@@ -25,6 +27,7 @@ from benchmarks.record import (
     this_machine,
     write_record,
 )
+from benchmarks.roofline import peaks_of
 from pipeline.runtime.logs import run_main
 
 DEFAULT_CASES = {"cpu": "1,2,3,5,6,7,8,9", "cuda": "1,2,3,4,5,6,7,9"}
@@ -53,14 +56,17 @@ def main() -> None:
     effort = QUICK if options.quick else Effort(rounds=options.rounds, seconds=options.seconds)
     only = set(options.engines.split(",")) if options.engines else None
     record = read_record(options.record)
+    end_on_sigterm()
+    machine = this_machine(device).model_copy(update={"peaks": peaks_of(device)})
     for case in cases_of(numbers):  # kept case by case: a run that is stopped is not lost
-        found = contest([case], device, effort, only=only, before=record)
+        found = contest([case], machine, device, effort, only=only, before=record)
         record = merged(record, found)
         write_record(options.record, record)
 
 
 def contest(
     cases: Sequence[Case],
+    machine: Machine,
     device: Device,
     effort: Effort,
     *,
@@ -74,12 +80,11 @@ def contest(
         only: engines that take part; None: all.
         before: earlier rows, from which memory is extrapolated.
     """
-    machine = this_machine(device)
     record = Record(machines={machine.name: machine})
     for case in cases:
         tell(f"\n{case.number}. {case.title} ({machine.name})")
         chosen = [c for c in entrants(case, device, num_cores()) if not only or c.engine in only]
-        found = measure(case, chosen, effort, machine.name, before or record)
+        found = measure(case, chosen, effort, machine, before or record)
         for row in sorted(found.rows, key=lambda row: -(row.tasks_per_second or 0)):
             tell(_line(row))
         for missing in found.left_out:

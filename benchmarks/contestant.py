@@ -19,14 +19,15 @@ from typing import IO, Any, NamedTuple
 
 import safetensors.torch
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import Case, Contestant, Device, Problem, make_network, make_problem
 from benchmarks.networks import meta_gradients
 from benchmarks.peers import PEERS
+from benchmarks.roofline import Traffic
 from pipeline.core.types import Params, Task
 from pipeline.engine.choice import EngineConfig, choose_engine
-from pipeline.engine.meta_gradient import STRATEGIES, Engine, meta_gradient
+from pipeline.engine.meta_gradient import STRATEGIES, Engine
+from pipeline.engine.replay import Compute, computed_by
 from pipeline.runtime.collectives import exact_sum, owned_groups
 from pipeline.runtime.context import Context, worker_context
 
@@ -116,12 +117,12 @@ def _obey(command: dict[str, Any], runner: Runner, memory: Memory, clock: Clock)
             seconds, tasks = clock.time(command["quanta"])
             return {"seconds": seconds, "tasks": tasks}
         case "gradient":
-            counter = FlopCounterMode(display=False) if command["count_flops"] else nullcontext()
-            with counter:
+            traffic = Traffic()
+            with traffic if command["count"] else nullcontext():
                 gradient = runner.gradient(command["tasks"])
             cpu = {n: g.detach().double().cpu().contiguous() for n, g in gradient.items()}
             safetensors.torch.save_file(cpu, command["file"])
-            return {"flops": counter.get_total_flops() if command["count_flops"] else None}
+            return {"operations": list(traffic.operations.items())}
         case "memory":
             return {"bytes": memory.peak_bytes(), "strategy": runner.strategy()}
     raise ValueError(command)
@@ -185,11 +186,14 @@ def _ours(
 
     @cache  # in the first quantum: others stand still then, and a calibration means something
     def engine() -> Engine:
-        chosen = {"precision": contestant.precision}
         if contestant.engine != "auto":
-            return Engine(strategy=contestant.engine, **chosen)
+            return Engine(
+                strategy=contestant.engine,
+                precision=contestant.precision,
+                cuda_graphs=contestant.device == "cuda",
+            )
         return choose_engine(
-            EngineConfig(**chosen),
+            EngineConfig(precision=contestant.precision),
             problem.algorithm,
             problem.model,
             problem.params,
@@ -198,10 +202,13 @@ def _ours(
             memory=scratch / "engines.json",
         )
 
+    @cache
+    def computed() -> Compute:
+        return computed_by(engine())
+
     def compute(tasks: list[Task]) -> Params:
-        return meta_gradient(
-            problem.algorithm, problem.model, problem.params, tasks, engine=engine()
-        ).gradient
+        found = computed()(problem.algorithm, problem.model, problem.params, tasks, engine())
+        return found.gradient
 
     def work() -> int:
         nonlocal position

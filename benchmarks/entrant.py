@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from benchmarks.cases import Case, Contestant
 from pipeline.launch.local import KEEP_MEMORY
 
 _PATIENCE_SECONDS = 1800.0
+
+
+def end_on_sigterm() -> None:
+    """Let a driver that is told to end take its contestants and its scratch folder with it."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 class EntrantError(Exception):
@@ -75,22 +81,15 @@ class Entrant:
                 raise EntrantError(answer["error"])
         return answers
 
-    def stop(self) -> None:
-        """Hang up, and wait until all are gone."""
+    def kill(self) -> None:
+        """End it at once: it keeps nothing, and a worker may be waiting for one that failed."""
+        self._kill()
         for process in self._processes:
             assert process.stdin is not None and process.stdout is not None
-            try:
+            with suppress(BrokenPipeError):
                 process.stdin.close()
-                process.wait(10)
-            except (BrokenPipeError, subprocess.TimeoutExpired):
-                process.kill()
-                process.wait()
+            process.wait()
             process.stdout.close()
-
-    def kill(self) -> None:
-        """End it at once: a worker may be waiting for one that failed."""
-        self._kill()
-        self.stop()
 
     def _kill(self) -> None:
         for process in self._processes:

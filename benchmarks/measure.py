@@ -15,7 +15,15 @@ from pydantic import PositiveInt
 from benchmarks.cases import CASES, Case, Contestant, num_cores
 from benchmarks.entrant import Entrant, EntrantError
 from benchmarks.peers import missing_library
-from benchmarks.record import LeftOut, Record, Row
+from benchmarks.record import LeftOut, Machine, Record, Roofline, Row
+from benchmarks.roofline import (
+    FLOAT_BYTES,
+    Operation,
+    Operations,
+    least_seconds,
+    total_bytes,
+    total_flops,
+)
 from pipeline.core.config import Section
 from pipeline.core.types import Params
 
@@ -33,14 +41,14 @@ class Effort(Section):
 class _Left:
     """Collects those that did not run."""
 
-    def __init__(self, case: Case, machine: str) -> None:
+    def __init__(self, case: Case, machine: Machine) -> None:
         self.case, self.machine = case, machine
         self.rows: list[LeftOut] = []
 
     def add(self, contestant: Contestant, reason: str) -> None:
         self.rows.append(
             LeftOut(
-                machine=self.machine,
+                machine=self.machine.name,
                 case=self.case.name,
                 contestant=contestant.label,
                 reason=reason,
@@ -63,7 +71,7 @@ class _Left:
 
 
 def measure(
-    case: Case, contestants: Sequence[Contestant], effort: Effort, machine: str, before: Record
+    case: Case, contestants: Sequence[Contestant], effort: Effort, machine: Machine, before: Record
 ) -> Record:
     """One case: its rows, and those left out.
 
@@ -74,24 +82,24 @@ def measure(
     rows, running = [], []
     with tempfile.TemporaryDirectory(prefix="metaloom-bench-") as name:
         scratch = Path(name)
-        reference, flops = _reference(case, contestants, scratch, left)
+        reference, operations = _reference(case, contestants, scratch, left)
         try:
             for contestant in contestants:
                 if missing := missing_library(contestant.engine):
                     left.add(contestant, f"{missing} is not installed")
                 elif (too_much := _beyond_memory(case, contestant, before)) is not None:
-                    rows.append(_extrapolated(case, contestant, machine, too_much))
+                    rows.append(_extrapolated(case, contestant, machine.name, too_much))
                 else:
                     folder = scratch / str(len(running))
                     running.append(Entrant(case, contestant, folder))
             running = _run(case, running, effort, reference, left)
         finally:
             for entrant in running:
-                entrant.stop()
+                entrant.kill()
     running.sort(key=lambda entrant: contestants.index(entrant.contestant))
-    rows += [_row(case, entrant, machine) for entrant in running]
-    counted = {case.name: flops} if flops else {}
-    return Record(rows=rows, left_out=left.rows, flops_per_task=counted)
+    rows += [_row(case, entrant, machine.name) for entrant in running]
+    record = Record(rows=rows, left_out=left.rows)
+    return record if operations is None else _with_roofline(record, case, machine, operations)
 
 
 def _run(
@@ -140,8 +148,8 @@ def _run(
 
 def _reference(
     case: Case, contestants: Sequence[Contestant], scratch: Path, left: _Left
-) -> tuple[Params | None, int | None]:
-    """The eager loop's gradient in float64, and the operations that it takes for one task."""
+) -> tuple[Params | None, Operations | None]:
+    """The eager loop's gradient in float64, and the operations that it takes for these tasks."""
     if not case.error_tasks or not contestants:
         return None, None
     engine = "plain" if case.algorithm == "protonet" else "eager"
@@ -149,8 +157,7 @@ def _reference(
     judge = Contestant(engine=engine, precision="fp64", threads=num_cores(), device=device)
     entrant = Entrant(case, judge, scratch / "reference")
     try:
-        gradient, flops = _gradient(entrant, case.error_tasks, count_flops=True)
-        return gradient, None if flops is None else flops // case.error_tasks
+        return _gradient(entrant, case.error_tasks, count=True)
     except EntrantError as error:
         left.add(judge, f"{error}; so no gradient errors")
         return None, None
@@ -159,12 +166,13 @@ def _reference(
 
 
 def _gradient(
-    entrant: Entrant, num_tasks: int, *, count_flops: bool = False
-) -> tuple[Params, int | None]:
+    entrant: Entrant, num_tasks: int, *, count: bool = False
+) -> tuple[Params, Operations]:
     # Every worker computes the same sum over the same first tasks.
     file = entrant.scratch / "gradient.safetensors"
-    answers = entrant.ask("gradient", tasks=num_tasks, count_flops=count_flops, file=str(file))
-    return safetensors.torch.load_file(file), answers[0]["flops"]
+    answers = entrant.ask("gradient", tasks=num_tasks, count=count, file=str(file))
+    operations = {Operation(*one): times for one, times in answers[0]["operations"]}
+    return safetensors.torch.load_file(file), operations
 
 
 def relative_error(gradient: Params, reference: Params) -> float:
@@ -204,6 +212,26 @@ def _free_bytes(contestant: Contestant) -> int:
     except OSError:
         return 2**63
     return 1024 * next(int(x.split()[1]) for x in lines if x.startswith("MemAvailable"))
+
+
+def _with_roofline(record: Record, case: Case, machine: Machine, operations: Operations) -> Record:
+    """What the eager loop computes in one task and, where speeds are known, how fast it can."""
+    flops = {case.name: total_flops(operations) // case.error_tasks}
+    if machine.peaks is None:
+        return record.model_copy(update={"flops_per_task": flops})
+    seconds = {}
+    for dtype, float_bytes in FLOAT_BYTES.items():
+        peak = machine.product_flops_per_second(dtype)
+        assert peak is not None
+        least = least_seconds(operations, peak, machine.peaks.bytes_per_second, float_bytes)
+        seconds[dtype] = least / case.error_tasks
+    roofline = Roofline(
+        machine=machine.name,
+        case=case.name,
+        bytes_per_task=total_bytes(operations, FLOAT_BYTES["fp32"]) // case.error_tasks,
+        least_seconds_per_task=seconds,
+    )
+    return record.model_copy(update={"flops_per_task": flops, "rooflines": [roofline]})
 
 
 def _row(case: Case, entrant: Entrant, machine: str) -> Row:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from pydantic import Field
 
 from benchmarks.cases import Device, num_cores
 from benchmarks.peers import versions
+from benchmarks.roofline import Peaks
 from pipeline.core.config import Section, parse_section
 from pipeline.core.files import read_json, write_json
 
+Dtype = Literal["fp64", "fp32", "bf16"]
 RECORD = Path("benchmarks/results/meta_gradient.json")
 
 
@@ -29,11 +31,21 @@ class Machine(Section):
     """Of the peers' libraries"""
     tf32: bool
     """Whether the card's convolutions in fp32 may round their inputs to TF32 (PyTorch's default)"""
+    peaks: Peaks | None = None
+    """None where they were not measured"""
 
     @property
     def name(self) -> str:
         """Short: the card, or the processor and its cores."""
         return self.gpu or f"{self.cpu}, {self.cores} cores"
+
+    def product_flops_per_second(self, dtype: Dtype) -> float | None:
+        """Of matrix products as this machine's convolutions take them, in TF32 where they may."""
+        if self.peaks is None:
+            return None
+        if dtype == "fp32" and self.tf32:
+            return self.peaks.tf32 or self.peaks.fp32
+        return {"fp32": self.peaks.fp32, "bf16": self.peaks.bf16}.get(dtype)
 
 
 class Row(Section):
@@ -46,7 +58,7 @@ class Row(Section):
     """The strategy that `auto` took"""
     peer: bool
     device: Device
-    dtype: Literal["fp64", "fp32", "bf16"]
+    dtype: Dtype
     threads: int
     workers: int
     meta_batch: int
@@ -79,6 +91,20 @@ class Row(Section):
         return f"{engine} {self.dtype}, {many}{self.threads} {thread}"
 
 
+class Roofline(Section):
+    """The least time of the eager loop's kernels on a machine; see `roofline.py`.
+
+    In bf16 it is a plain estimate: the same operations, every number of floating point at half the
+    bytes, and the speed of bf16 products. Autocast leaves some kernels in fp32, so it needs more.
+    """
+
+    machine: str
+    case: str
+    bytes_per_task: int
+    """In fp32"""
+    least_seconds_per_task: dict[Literal["fp32", "bf16"], float]
+
+
 class LeftOut(Section):
     """A contestant that did not run, and why."""
 
@@ -96,6 +122,10 @@ class Record(Section):
     """Of the eager loop, by case: matrix products and convolutions, forward and backward"""
     rows: list[Row] = Field(default_factory=list)
     left_out: list[LeftOut] = Field(default_factory=list)
+    rooflines: list[Roofline] = Field(default_factory=list)
+
+
+_Measured = TypeVar("_Measured", Row, LeftOut, Roofline)
 
 
 def this_machine(device: Device) -> Machine:
@@ -131,7 +161,7 @@ def merged(old: Record, new: Record) -> Record:
     """Both; of a machine's case that was measured again, only what is new."""
     again = {(x.machine, x.case) for x in [*new.rows, *new.left_out]}
 
-    def kept(rows: Iterable[Row | LeftOut]) -> list[Row | LeftOut]:
+    def kept(rows: Iterable[_Measured]) -> list[_Measured]:
         return [row for row in rows if (row.machine, row.case) not in again]
 
     return Record(
@@ -139,6 +169,7 @@ def merged(old: Record, new: Record) -> Record:
         flops_per_task={**old.flops_per_task, **new.flops_per_task},
         rows=[*kept(old.rows), *new.rows],
         left_out=[*kept(old.left_out), *new.left_out],
+        rooflines=[*kept(old.rooflines), *new.rooflines],
     )
 
 

@@ -12,7 +12,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.cases import CASES, Case
-from benchmarks.record import RECORD, Machine, Record, Row, merged, read_record, write_record
+from benchmarks.record import (
+    RECORD,
+    Machine,
+    Record,
+    Roofline,
+    Row,
+    merged,
+    read_record,
+    write_record,
+)
+from benchmarks.roofline import FLOAT_BYTES, Peaks
 from benchmarks.sections import ACCURACY, CURVES, draw_curves, other_sections
 from pipeline.core.files import read_json
 from pipeline.runtime.logs import run_main
@@ -48,6 +58,17 @@ and the most; ratios are of medians of one run.
   them together.
 - *bf16* is bfloat16 in convolutions and matrix products: for peers PyTorch's autocast around the
   whole, for ours what `meta_train.engine.precision` says.
+"""
+_ROOFLINE = """\
+- *Of matmul* is tasks/s times the eager loop's operations a task (those of its matrix products and
+  convolutions, a multiplication and an addition are two), over the speed of the best large matrix
+  product in the row's precision on the whole machine: how much of it does useful work. In bf16 on a
+  card that is the use of its tensor cores.
+- The *roofline* below a table lets each kernel of the eager loop take the time of its operations at
+  that speed, or of its bytes (inputs read, outputs written) at that of a large copy, whichever is
+  longer, and adds up; in bf16 with half the bytes throughout. It estimates this sequence of kernels
+  and limits no other: who needs fewer or smaller passes, or finds tensors in a cache, may exceed
+  100 %.
 """
 
 
@@ -94,6 +115,8 @@ def render(record: Record, source: Path, picture: Path) -> str:
     rounds = sorted({row.rounds for row in record.rows if row.rounds})
     told = f"{rounds[0]} to {rounds[-1]}" if len(rounds) > 1 else "".join(map(str, rounds))
     parts = [_PROTOCOL.format(record=source, rounds=told or "no")]
+    if any(machine.peaks for machine in record.machines.values()):
+        parts[0] += _ROOFLINE
     parts.append(f"![Tasks per second of every contestant, case by case]({picture})\n")
     for name, machine in record.machines.items():
         rows = [row for row in record.rows if row.machine == name]
@@ -152,13 +175,22 @@ def _machine_section(record: Record, machine: Machine, rows: Sequence[Row]) -> l
         parts.append(
             "Convolutions in fp32 round their inputs to TF32 on this card, PyTorch's default."
         )
+    if machine.peaks:
+        parts.append(_speeds(machine.peaks))
     parts += ["", *_summary(rows), ""]
     for case in CASES:
         own = [row for row in rows if row.case == case.name]
         if own and case.kind != "memory" and case.number != 8:
-            parts += [f"**{case.number}. {case.title}**\n", *_table(own), ""]
-            parts += _notes(record, machine, case)
+            parts += [f"**{case.number}. {case.title}**\n", *_table(own, record, machine), ""]
+            parts += _notes(record, machine, case, own)
     return [*parts, *_scaling_table(rows), *_memory_table(rows)]
+
+
+def _speeds(peaks: Peaks) -> str:
+    named = (("fp32", peaks.fp32), ("TF32", peaks.tf32), ("bf16", peaks.bf16))
+    products = ", ".join(f"{_number(p / 1e9)} GFLOP/s in {name}" for name, p in named if p)
+    copied = _number(peaks.bytes_per_second / 1e9)
+    return f"Large matrix products: {products}; large copies: {copied} GB/s, read plus written."
 
 
 def _summary(rows: Sequence[Row]) -> list[str]:
@@ -185,30 +217,34 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     return lines if len(lines) > 2 else []
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[Row], record: Record, machine: Machine) -> list[str]:
     peer, eager = best_peer(rows), eager_row(rows)
-    lines = _header(
-        "contestant", "tasks/s", "least to most", "to best peer", "to eager", "memory", "error"
-    )
+    flops = record.flops_per_task.get(rows[0].case)
+    names = ["contestant", "tasks/s", "least to most", "to best peer", "to eager", "of matmul"]
+    names += ["memory", "error"]
+    known = [name for name in names if name != "of matmul" or (flops and machine.peaks)]
+    lines = _header(*known)
     for row in sorted(filter(_timed, rows), key=_rate, reverse=True):
         name = row.label if row.peer else f"**{row.label}**"
         if len({r.meta_batch for r in rows}) > 1:
             name += f", {row.meta_batch} tasks a step"
         error = "" if row.gradient_error is None else f"{row.gradient_error:.1e}"
+        peak = machine.product_flops_per_second(row.dtype)
         cells = [
             name,
             _number(_rate(row)),
             f"{_number(row.minimum)} to {_number(row.maximum)}",
             _times(ratio(row, peer)),
             _times(ratio(row, eager)),
+            _percent(_rate(row) * flops / peak) if flops and peak else "",
             _size(row),
             error,
         ]
-        lines.append(_cells(cells))
+        lines.append(_cells([c for n, c in zip(names, cells, strict=True) if n in known]))
     return lines
 
 
-def _notes(record: Record, machine: Machine, case: Case) -> list[str]:
+def _notes(record: Record, machine: Machine, case: Case, rows: Sequence[Row]) -> list[str]:
     notes = [
         f"Left out: {missing.contestant} ({missing.reason})."
         for missing in record.left_out
@@ -220,7 +256,25 @@ def _notes(record: Record, machine: Machine, case: Case) -> list[str]:
             f"The eager loop's matrix products and convolutions come to {flops / 1e9:,.1f} GFLOP a "
             "task; tasks/s times that is the useful rate, whatever a strategy computes again."
         )
+    for roofline in record.rooflines:
+        if (roofline.machine, roofline.case) == (machine.name, case.name):
+            notes.append(_roofline_note(roofline, rows))
     return [*notes, ""] if notes else []
+
+
+def _roofline_note(roofline: Roofline, rows: Sequence[Row]) -> str:
+    limits, reached = [], []
+    for dtype in FLOAT_BYTES:
+        least = roofline.least_seconds_per_task[dtype]
+        if any(row.dtype == dtype for row in rows):
+            limits.append(f"{_number(1 / least)} tasks/s in {dtype}")
+        if ours := best_ours(rows, dtype):
+            reached.append(f"{_percent(_rate(ours) * least)} in {dtype}")
+    ours_reach = f"; the fastest of ours reaches {' and '.join(reached)}" if reached else ""
+    return (
+        f"The eager loop's kernels could not run faster than {' and '.join(limits)} here (each "
+        f"limited by matrix-product speed or memory bandwidth){ours_reach}."
+    )
 
 
 def _scaling_table(rows: Sequence[Row]) -> list[str]:
@@ -280,6 +334,10 @@ def _named(row: Row | None) -> str:
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
 def _number(value: float | None) -> str:

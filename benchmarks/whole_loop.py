@@ -37,7 +37,7 @@ def make_whole_loop(case: Case, context: Context, folder: Path) -> Callable[[], 
     """
     if context.is_main:
         _prepare(case, folder)
-    barrier(context)
+    barrier()
     count = 0
 
     def train() -> int:

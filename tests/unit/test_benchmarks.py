@@ -41,6 +41,7 @@ SMALL = Case(
 )
 RESNET = BackboneSpec(name="resnet12", settings={"widths": [3, 4, 5, 6]}, image_shape=(2, 16, 16))
 SINE = next(case for case in CASES if case.algorithm == "sine")
+HERE = Machine(cpu="Some CPU", cores=2, gpu=None, torch="2.13.0", versions={}, tf32=False)
 VARIANTS = {
     "second order": SMALL,
     "one step": SMALL.model_copy(update={"inner_steps": 1}),
@@ -117,7 +118,7 @@ def test_a_contest_from_end_to_end(tmp_path: Path) -> None:
         Contestant(engine="split", precision="bf16"),
         Contestant(engine="no such strategy"),
     ]
-    found = measure(SMALL, field, Effort(rounds=2, seconds=0.02), "here", Record())
+    found = measure(SMALL, field, Effort(rounds=2, seconds=0.02), HERE, Record())
     assert [row.engine for row in found.rows] == ["eager", "loop", "split"]
     for row, contestant in zip(found.rows, field, strict=False):
         assert row.rounds == 2 and row.peak_memory_bytes is not None
@@ -141,7 +142,7 @@ def test_a_whole_meta_training_run_is_timed() -> None:
     update = {"backbone": tiny, "meta_batch": 4, "groups": 4, "inner_steps": 1}
     small = case.model_copy(update=update)
     field = [Contestant(engine="meta_train", workers=2)]
-    found = measure(small, field, Effort(rounds=1, seconds=0.01), "here", Record())
+    found = measure(small, field, Effort(rounds=1, seconds=0.01), HERE, Record())
     assert not found.left_out
     assert found.rows[0].tasks_per_second is not None and found.rows[0].tasks_per_round % 16 == 0
 
@@ -159,7 +160,7 @@ def test_memory_that_would_not_fit_is_continued_in_a_straight_line() -> None:
         ]
     )
     case = cases[2].model_copy(update={"error_tasks": 0})
-    (row,) = measure(case, [Contestant(engine="eager")], Effort(), "box", before).rows
+    (row,) = measure(case, [Contestant(engine="eager")], Effort(), HERE, before).rows
     assert row.memory_extrapolated and row.tasks_per_second is None
     assert row.peak_memory_bytes == 10**17 * steps[2]
 
@@ -254,9 +255,7 @@ def test_a_contestant_that_no_longer_runs_has_fallen_and_a_new_one_has_not() -> 
 
 
 def made_up() -> Record:
-    box = Machine(
-        cpu="Some CPU", cores=2, gpu=None, torch="2.13.0", versions={"higher": "0.2.1"}, tf32=False
-    )
+    box = HERE.model_copy(update={"versions": {"higher": "0.2.1"}})
     ours = {"machine": box.name, "peer": False}
     rows = [
         make_row(machine=box.name, threads=2, tasks_per_second=8.0),
