@@ -4,7 +4,8 @@ Vinyals split, rotations as extra classes in training alone, inductive, one mode
 episodes of 15 queries a class. Each named run is meta-trained from one pre-trained Conv4-64 and
 scored on the same frozen episodes; `maml` and `maml_bf16` differ in precision alone. What is
 finished is kept in `.metaloom/omniglot`, so that a stopped run goes on. The results go to
-`benchmarks/results/omniglot.json`, with the validation curves.
+`benchmarks/results/omniglot.json`, with the validation curves. `--quick` takes a few steps and
+episodes, into a folder of its own, to see that everything runs.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from benchmarks.scoring import ScoreJob
 from pipeline.algorithms.maml import MAML
 from pipeline.algorithms.protonet import ProtoNet
 from pipeline.algorithms.table import AlgorithmConfig
@@ -24,24 +26,20 @@ from pipeline.core.config import Section
 from pipeline.core.files import read_json, write_json
 from pipeline.domains.omniglot import OmniglotConfig
 from pipeline.engine.choice import EngineConfig
-from pipeline.engine.learner import load_learner
-from pipeline.evaluation.scoring import score
-from pipeline.evaluation.statistics import mean_interval
 from pipeline.launch.table import launch
-from pipeline.runtime.context import Context
 from pipeline.runtime.logs import run_main, say
 from pipeline.store.build import PreprocessConfig, build_store
 from pipeline.store.reader import open_store
-from pipeline.tasks.frozen import read_episodes
 from pipeline.tasks.plan import SampleTasksConfig, sample_tasks
 from pipeline.tasks.spec import EpisodeSpec, FrozenSpec
+from pipeline.training.augment import AugmentConfig
 from pipeline.training.loop import OuterConfig
 from pipeline.training.meta_train import MetaTrainConfig, meta_train
 from pipeline.training.pretrain import PretrainConfig, pretrain
 
 FOLDER = Path(".metaloom/omniglot")
 RECORD = Path("benchmarks/results/omniglot.json")
-_TEST = FrozenSpec(ways=[5, 20], shots=[1, 5], queries=15, episodes=10_000)
+_QUICK_STEPS, _QUICK_EPISODES = 2, 4
 
 
 class Run(Section):
@@ -61,7 +59,7 @@ def _maml(precision: str) -> Run:
             num_groups=8,
             tasks_per_group=2,
             engine=EngineConfig(precision=precision),  # type: ignore[arg-type]
-            outer=OuterConfig(num_steps=600, lr=0.002, validate_every=100),
+            outer=OuterConfig(num_steps=600, lr=0.002, validate_every=50),
         ),
         settings=("5w1s",),
     )
@@ -72,8 +70,9 @@ RUNS: Mapping[str, Run] = {
         episodes=EpisodeSpec(ways=60, shots=1, queries=5),
         config=MetaTrainConfig(
             algorithm=AlgorithmConfig(name="protonet", protonet=ProtoNet()),
-            num_groups=4,
-            outer=OuterConfig(num_steps=1500, lr=0.002, validate_every=100),
+            num_groups=2,
+            augment=AugmentConfig(max_shift=2),
+            outer=OuterConfig(num_steps=3500, lr=0.002, validate_every=250),
         ),
         settings=("5w1s", "5w5s", "20w1s", "20w5s"),
     ),
@@ -82,13 +81,19 @@ RUNS: Mapping[str, Run] = {
 }
 
 
-class ScoreJob(Section):
-    """A finished learner and the episodes to score it on, as the workers get them."""
+class Bench(NamedTuple):
+    """Where the runs live, and whether they are real."""
 
-    learner: Path
-    store: Path
-    tasks: Path
-    settings: tuple[str, ...]
+    folder: Path
+    quick: bool
+
+    def steps(self, outer: OuterConfig) -> OuterConfig:
+        """As they are, or a few."""
+        return outer.model_copy(update={"num_steps": _QUICK_STEPS} if self.quick else {})
+
+    def episodes(self, number: int) -> int:
+        """To validate on or to test on."""
+        return _QUICK_EPISODES if self.quick else number
 
 
 def main() -> None:
@@ -97,18 +102,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("names", nargs="*", choices=[[], *RUNS], help="runs; all by default")
-    names = parser.parse_args().names or list(RUNS)
-    store = _store()
-    pretrained = _pretrained(store)
-    for name in names:
-        row = _row(name, RUNS[name], store, pretrained)
-        _keep(row)
+    parser.add_argument("--quick", action="store_true", help="a few steps: numbers mean nothing")
+    options = parser.parse_args()
+    bench = Bench(FOLDER.with_name("omniglot-quick") if options.quick else FOLDER, options.quick)
+    record = bench.folder / RECORD.name if options.quick else RECORD
+    store = _store(bench)
+    pretrained = _pretrained(bench, store)
+    for name in options.names or RUNS:
+        row = _row(bench, name, RUNS[name], store, pretrained)
+        _keep(row, record)
         print(json.dumps({"run": name, **row["test"]}))
 
 
-def _store() -> Path:
+def _store(bench: Bench) -> Path:
     data = Path(os.environ.get("METALOOM_DATA", "../shared/data"))
-    target = FOLDER / "store"
+    target = bench.folder / "store"
     if not target.exists():
         config = PreprocessConfig(
             domain="omniglot",
@@ -119,82 +127,67 @@ def _store() -> Path:
     return target
 
 
-def _tasks(store: Path, name: str, episodes: EpisodeSpec) -> Path:
-    target = FOLDER / f"tasks-{name}"
+def _tasks(bench: Bench, store: Path, name: str, episodes: EpisodeSpec) -> Path:
+    target = bench.folder / f"tasks-{name}"
     if not target.exists():
-        val = FrozenSpec(ways=[5], shots=[1], queries=15, episodes=400)
-        config = SampleTasksConfig(train=episodes, val=val, test=_TEST)
+        val = FrozenSpec(ways=[5], shots=[1], queries=15, episodes=bench.episodes(400))
+        test = FrozenSpec(ways=[5, 20], shots=[1, 5], queries=15, episodes=bench.episodes(10_000))
+        config = SampleTasksConfig(train=episodes, val=val, test=test)
         sample_tasks(config, open_store(store), target)
     return target
 
 
-def _pretrained(store: Path) -> Path:
+def _pretrained(bench: Bench, store: Path) -> Path:
     """Conv4-64 as a classifier of the 4,112 training classes."""
-    target = FOLDER / "pretrained"
+    target = bench.folder / "pretrained"
     if not (target / "conv4").exists():
-        config = PretrainConfig(
-            candidates=["conv4"],
-            outer=OuterConfig(num_steps=1500, lr=0.003, validate_every=250),
-        )
-        tasks = _tasks(store, "protonet", RUNS["protonet"].episodes)
-        journal = FOLDER / "pretrained.jsonl"
+        outer = OuterConfig(num_steps=1500, lr=0.003, validate_every=250)
         pretrain(
-            config, "conv4", store=store, tasks=tasks, target=target / "conv4", journal=journal
+            PretrainConfig(candidates=["conv4"], outer=bench.steps(outer)),
+            "conv4",
+            store=store,
+            tasks=_tasks(bench, store, "protonet", RUNS["protonet"].episodes),
+            target=target / "conv4",
+            journal=bench.folder / "pretrained.jsonl",
         )
     return target
 
 
-def _row(name: str, run: Run, store: Path, pretrained: Path) -> dict[str, Any]:
-    tasks, target = _tasks(store, name, run.episodes), FOLDER / f"learner-{name}"
+def _row(bench: Bench, name: str, run: Run, store: Path, pretrained: Path) -> dict[str, Any]:
+    tasks, target = _tasks(bench, store, name, run.episodes), bench.folder / f"learner-{name}"
+    config = run.config.model_copy(update={"outer": bench.steps(run.config.outer)})
     if not target.exists():
         start = time.monotonic()
         meta_train(
-            run.config,
+            config,
             ["conv4"],
             store=store,
             tasks=tasks,
             pretrained=pretrained,
             target=target,
-            journal=FOLDER / f"{name}.jsonl",
+            journal=bench.folder / f"{name}.jsonl",
         )
         say("omniglot", run=name, seconds=round(time.monotonic() - start))
     history = read_json(target / "history.json")
     curve = [[r["step"], r["val_accuracy"]] for r in history if r["val_accuracy"] is not None]
     job = ScoreJob(learner=target, store=store, tasks=tasks, settings=run.settings)
-    tasks_per_step = run.config.num_groups * run.config.tasks_per_group
+    tasks_per_step = config.num_groups * config.tasks_per_group
     return {
         "run": name,
-        "precision": run.config.engine.precision,
+        "precision": config.engine.precision,
         "episodes": run.episodes.model_dump(mode="json"),
-        "tasks": run.config.outer.num_steps * tasks_per_step,
+        "tasks": config.outer.num_steps * tasks_per_step,
         "tasks_per_step": tasks_per_step,
-        "test": launch("benchmarks.omniglot:score_all", job, most=64),
+        "test": launch("benchmarks.scoring:score_all", job, most=64),
         "curve": curve,
     }
 
 
-def _keep(row: dict[str, Any]) -> None:
+def _keep(row: dict[str, Any], record: Path) -> None:
     """The row in the record, in place of an earlier one of the same run."""
-    known = read_json(RECORD)["rows"] if RECORD.exists() else []
+    known = read_json(record)["rows"] if record.exists() else []
     rows = [*(r for r in known if r["run"] != row["run"]), row]
-    write_json(RECORD, {"rows": sorted(rows, key=lambda r: list(RUNS).index(r["run"]))})
-
-
-def score_all(job: ScoreJob, context: Context) -> dict[str, Any]:
-    """What every worker does: accuracy with its 95 % interval in each setting."""
-    store, learner = open_store(job.store), load_learner(job.learner, device=context.device)
-    episodes = read_episodes(job.tasks, "test")
-    results = {}
-    for setting in job.settings:
-        scores = score(learner, store, episodes[setting], context=context)
-        interval = mean_interval(scores.accuracy)
-        results[setting] = {
-            "accuracy": round(interval.mean, 5),
-            "ci95": round(interval.half_width, 5),
-            "episodes": len(scores.accuracy),
-            "split_hash": store.split_hash("test"),
-        }
-    return results
+    write_json(record, {"rows": sorted(rows, key=lambda r: list(RUNS).index(r["run"]))})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from pipeline.backbones.table import BackboneSpec
 from pipeline.core.errors import ConfigError
 from pipeline.core.types import Params
 from pipeline.engine.meta_gradient import STRATEGIES, Engine, meta_gradient
+from tests.conftest import REPOSITORY, shared_data
 
 SMALL = Case(
     number=1,
@@ -359,3 +363,23 @@ def test_the_page_tells_accuracy_with_its_interval_and_the_data_path(tmp_path: P
     assert "| gathering | memcpy | 1,234 | 1,000 to 2,000 | 12.5 |" in text
     draw_curves(RUNS, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_accuracy_runs_go_from_pictures_to_a_row(tmp_path: Path) -> None:
+    """The real program on the real data, with a few steps: a page can be made of what it writes."""
+    data = shared_data("omniglot").parent
+    subprocess.run(
+        [sys.executable, "-m", "benchmarks.omniglot", "--quick", "protonet", "maml_bf16"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "METALOOM_DATA": str(data)},
+        check=True,
+    )
+    record = tmp_path / ".metaloom" / "omniglot-quick" / "omniglot.json"
+    rows = json.loads(record.read_text())["rows"]
+    assert [(row["run"], list(row["test"])) for row in rows] == [
+        ("protonet", ["20w1s", "20w5s", "5w1s", "5w5s"]),
+        ("maml_bf16", ["5w1s"]),
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == [".metaloom"]
+    assert "| maml_bf16 | bf16 |" in render_accuracy(rows, record, tmp_path / "curves.png")

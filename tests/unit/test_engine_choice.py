@@ -30,6 +30,7 @@ from pipeline.engine.memory import bytes_for_a_worker, planned_bytes
 from pipeline.engine.meta_gradient import Engine, meta_gradient
 from pipeline.runtime.context import SINGLE
 from pipeline.tasks.spec import EpisodeSpec
+from tests.conftest import REPOSITORY
 
 SHAPE = (1, 16, 16)
 SPEC = EpisodeSpec(ways=3, shots=2, queries=4)
@@ -197,6 +198,7 @@ def test_the_plan_covers_what_the_process_really_takes(strategy: str, steps: int
     """Peak resident memory of a process of its own; a plan of many times that would waste memory."""
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, strategy, str(steps)],
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=True,
@@ -232,6 +234,7 @@ def refused(limit_mib: int) -> subprocess.CompletedProcess[str]:
     """8 tasks at once need some 900 MiB, 4 need half of it: the kernel refuses what is above."""
     return subprocess.run(
         [sys.executable, "-c", REFUSED.replace("MIB", str(limit_mib))],
+        cwd=REPOSITORY,
         capture_output=True,
         text=True,
         check=False,

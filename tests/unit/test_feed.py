@@ -22,7 +22,6 @@ from pipeline.core.types import Task
 from pipeline.engine.learner import Preprocessing
 from pipeline.runtime.collectives import share
 from pipeline.runtime.context import SINGLE
-from pipeline.runtime.journal import read_points
 from pipeline.store.reader import Store
 from pipeline.tasks.sampler import TRAIN_STREAM, class_table, examples_needed, sample
 from pipeline.tasks.spec import EpisodeSpec
@@ -30,8 +29,6 @@ from pipeline.tasks.stream import TrainStream, train_stream
 from pipeline.training import feed as feed_module
 from pipeline.training.episodes import HostEpisodes, episode_feed, num_ahead
 from pipeline.training.feed import Feed, Key
-from pipeline.training.loop import OuterConfig, optimise
-from pipeline.training.pace import Pace
 from pipeline.training.pictures import (
     FromStore,
     OnDevice,
@@ -279,60 +276,6 @@ def test_a_thread_that_hangs_does_not_keep_the_process() -> None:
         [sys.executable, "-c", HUNG], cwd=REPOSITORY, timeout=60, capture_output=True, check=True
     )
     assert done.stdout == b"True\n"
-
-
-def waiting(ahead: int, seconds: float) -> float:
-    """Seconds waited in ten steps that load, and compute, for so long each."""
-
-    def load(keys: Iterator[Key]) -> Iterator[Key]:
-        for key in keys:
-            time.sleep(seconds)
-            yield key
-
-    with Feed(load, lambda key: key, range(1), ahead=ahead) as feed:
-        for position in range(10):
-            feed.take(position, 0)
-            time.sleep(1.5 * seconds)
-        return feed.waited_seconds
-
-
-def test_what_is_loaded_meanwhile_is_not_waited_for() -> None:
-    inline, background = waiting(0, 0.02), waiting(2, 0.02)
-    assert inline >= 10 * 0.02
-    assert background < inline / 2
-
-
-def test_pace_counts_from_the_last_validation() -> None:
-    now, waited = [100.0], [7.0]
-    pace = Pace("tasks", lambda: waited[0], lambda: now[0])
-    now[0], waited[0] = 102.0, 7.5
-    assert pace.count(8) == {"tasks_per_second": 4.0, "data_wait_fraction": 0.25}
-    now[0] = 104.0
-    assert pace.count(8) == {"tasks_per_second": 4.0, "data_wait_fraction": 0.125}
-    now[0], waited[0] = 1000.0, 8.0  # a validation
-    pace.restart()
-    now[0] = 1001.0
-    assert pace.count(8) == {"tasks_per_second": 8.0, "data_wait_fraction": 0.0}
-
-
-def test_the_journal_holds_the_rates_and_the_history_does_not(tmp_path: Path) -> None:
-    state = optimise(
-        Quadratic(),
-        {"w": torch.tensor([3.0, 4.0])},
-        OuterConfig(num_steps=30, validate_every=10),
-        lambda learner, step: (0.5, learner),
-        SINGLE,
-        checkpoints=tmp_path / "checkpoints",
-        journal=tmp_path / "journal.jsonl",
-        label="test",
-    )
-    points = [point for point, _ in read_points(tmp_path / "journal.jsonl")]
-    assert [point.step for point in points] == list(range(1, 31))
-    for point in points:
-        assert 0 < point.metrics["data_wait_fraction"] < 1
-        assert point.metrics["tasks_per_second"] > 0
-    for entry in state.progress.history:
-        assert not {"tasks_per_second", "data_wait_fraction"} & set(entry)
 
 
 def test_only_training_rows_are_resident(blob_store: Store) -> None:
