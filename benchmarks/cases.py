@@ -74,7 +74,7 @@ class Contestant(Section):
 
     engine: str
     """A peer, a strategy of ours, `auto`, or `meta_train`"""
-    precision: Literal["fp64", "fp32", "bf16"] = "fp32"
+    precision: Literal["fp64", "fp32", "tf32", "bf16"] = "fp32"
     threads: PositiveInt = 1
     """Of each process"""
     workers: PositiveInt = 1

@@ -43,6 +43,8 @@ class Runner(NamedTuple):
     """Sum over the first tasks of the meta-batch"""
     strategy: Callable[[], str | None] = lambda: None
     """What `auto` has chosen"""
+    forget: Callable[[], None] = lambda: None
+    """Drop recordings, which keep their memory"""
 
 
 def main() -> None:
@@ -101,6 +103,7 @@ class Clock:
         seconds = time.perf_counter() - start
         self._gave_back = self.on_gpu and torch.cuda.memory_reserved() > _HOARD_BYTES
         if self._gave_back:
+            self.runner.forget()
             torch.cuda.empty_cache()
         return seconds, tasks
 
@@ -222,7 +225,10 @@ def _ours(
         return case.meta_batch
 
     return Runner(
-        work, lambda num_tasks: compute(problem.tasks[:num_tasks]), lambda: engine().strategy
+        work,
+        lambda num_tasks: compute(problem.tasks[:num_tasks]),
+        lambda: engine().strategy,
+        computed.cache_clear,
     )
 
 

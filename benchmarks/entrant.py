@@ -117,6 +117,8 @@ class Entrant:
     def _environment(self, rank: int) -> dict[str, str]:
         threads = str(self.contestant.threads)
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        if self.contestant.device == "cpu":  # workers take a card where they see one
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         if self.contestant.is_peer:
             return environment
         return {

@@ -81,7 +81,7 @@ def _on_gpu(case: Case) -> Iterable[Contestant]:
             yield Contestant(engine=name, precision="bf16", device="cuda")
     splits = ("split", "vmap_split") if case.number in (1, 3, 4, 5) else ()
     for name in ("auto", "loop", "vmap", *splits):
-        for precision in reduced:
+        for precision in ("fp32", "tf32", *reduced[1:]):
             yield Contestant(engine=name, precision=precision, device="cuda")
 
 

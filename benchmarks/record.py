@@ -16,7 +16,7 @@ from benchmarks.roofline import Peaks
 from pipeline.core.config import Section, parse_section
 from pipeline.core.files import read_json, write_json
 
-Dtype = Literal["fp64", "fp32", "bf16"]
+Dtype = Literal["fp64", "fp32", "tf32", "bf16"]
 RECORD = Path("benchmarks/results/meta_gradient.json")
 
 
@@ -45,7 +45,8 @@ class Machine(Section):
             return None
         if dtype == "fp32" and self.tf32:
             return self.peaks.tf32 or self.peaks.fp32
-        return {"fp32": self.peaks.fp32, "bf16": self.peaks.bf16}.get(dtype)
+        peaks = {"fp32": self.peaks.fp32, "tf32": self.peaks.tf32, "bf16": self.peaks.bf16}
+        return peaks.get(dtype)
 
 
 class Row(Section):

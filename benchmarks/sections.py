@@ -14,8 +14,9 @@ _ACCURACY = """\
 ## Accuracy on Omniglot
 
 From `{record}`, made by `python -m benchmarks.omniglot`. Vinyals split (1,028 characters to train
-on, in four rotations; 172 to validate; 423 to test, unrotated), 28x28, Conv4-64 pre-trained on the
-training classes, inductive batch norm, one model, {episodes:,} test episodes of 15 queries a class,
+on, in four rotations and shifted by up to two pixels; 172 to validate; 423 to test, as they are),
+28x28, Conv4-64 (for ProtoNet pre-trained on the training classes, for MAML from fresh weights),
+inductive batch norm, one model, {episodes:,} test episodes of 15 queries a class,
 mean and 95 % interval (1.96 s / √n). The validation curve chose the step; the test split was read
 once, at the end.
 """

@@ -22,9 +22,11 @@ from pipeline.tasks.spec import EpisodeSpec, FrozenSpec
 from pipeline.training.loop import OuterConfig
 from pipeline.training.meta_train import MetaTrainConfig, MetaTrainJob, run
 
-NUM_STEPS = 4
-_VALIDATION_EPISODES = 32
-"""8 a step, as the defaults of params.yaml: 200 of two kinds every 50 steps."""
+_VALIDATE_EVERY = {"cpu": 4, "cuda": 50}
+_ROUNDS = {"cpu": 1, "cuda": 4}
+"""Validations in a run; on a card, where a step is short, enough to outweigh setting up"""
+_EPISODES_PER_STEP = 8
+"""To validate on, as the defaults of params.yaml: 200 of two kinds every 50 steps."""
 _SPLITS = {"train": 200, "val": 40, "test": 40}
 _EXAMPLES = 20
 
@@ -36,27 +38,30 @@ def make_whole_loop(case: Case, context: Context, folder: Path) -> Callable[[], 
         A function of no arguments; it returns the number of training tasks.
     """
     if context.is_main:
-        _prepare(case, folder)
+        _prepare(case, folder, context)
     barrier()
     count = 0
 
     def train() -> int:
         nonlocal count
         count += 1
-        run(_job(case, folder, f"run-{count}"), context)
-        return NUM_STEPS * case.meta_batch
+        job = _job(case, folder, f"run-{count}", context)
+        run(job, context)
+        return job.config.outer.num_steps * case.meta_batch
 
     return train
 
 
-def _job(case: Case, folder: Path, name: str) -> MetaTrainJob:
+def _job(case: Case, folder: Path, name: str, context: Context) -> MetaTrainJob:
     algorithm = make_algorithm(case)
     assert isinstance(algorithm, MAML)
+    device = context.device.type
+    every, num_groups = _VALIDATE_EVERY[device], case.groups if device == "cpu" else 1
     config = MetaTrainConfig(
         algorithm=AlgorithmConfig(name="maml", maml=algorithm),
-        num_groups=case.groups,
-        tasks_per_group=case.meta_batch // case.groups,
-        outer=OuterConfig(num_steps=NUM_STEPS, validate_every=NUM_STEPS),
+        num_groups=num_groups,
+        tasks_per_group=case.meta_batch // num_groups,
+        outer=OuterConfig(num_steps=_ROUNDS[device] * every, validate_every=every),
     )
     return MetaTrainJob(
         config=config,
@@ -70,7 +75,7 @@ def _job(case: Case, folder: Path, name: str) -> MetaTrainJob:
     )
 
 
-def _prepare(case: Case, folder: Path) -> None:
+def _prepare(case: Case, folder: Path, context: Context) -> None:
     rng = np.random.default_rng(0)
     classes, offset = [], 0
     for split, count in _SPLITS.items():
@@ -90,7 +95,7 @@ def _prepare(case: Case, folder: Path) -> None:
         ways=[case.ways],
         shots=[case.shots],
         queries=case.queries,
-        episodes=_VALIDATION_EPISODES,
+        episodes=_EPISODES_PER_STEP * _VALIDATE_EVERY[context.device.type],
     )
     episodes = EpisodeSpec(ways=case.ways, shots=case.shots, queries=case.queries)
     config = SampleTasksConfig(train=episodes, val=frozen, test=frozen)

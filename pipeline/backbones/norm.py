@@ -222,7 +222,7 @@ class _NormaliseByGiven(Function):
             gb = g.sum(dims)
         else:
             gx, gw, gb = torch.ops.aten.native_batch_norm_backward(
-                g, x, weight, mean, var, None, None, False, EPSILON, [True, True, True]
+                g, x, weight, mean, var, mean, r, False, EPSILON, [True, True, True]
             )
         return gx, gw, gb, -weight * r * gb, -0.5 * weight * r**2 * gw
 

@@ -38,7 +38,11 @@ def weight_gradient_each(g: Tensor, x: Tensor, side: int) -> Tensor:
 
 
 def _patches(x: Tensor, side: int) -> Tensor:
-    """What lies under the filter at every pixel, zeros outside of the picture: [T, P, F]."""
-    padded = F.pad(x, [side // 2] * 4)
-    windows = padded.unfold(3, side, 1).unfold(4, side, 1)  # [T, B, I, H, W, K, K], a view
-    return windows.permute(0, 1, 3, 4, 5, 6, 2).reshape(len(x), -1, side * side * x.shape[2])
+    """What lies under the filter at every pixel, zeros outside of the picture: [T, P, F].
+
+    Channels come last before anything is copied, so that reads and writes are side by side.
+    """
+    pad = side // 2
+    padded = F.pad(x.movedim(2, -1), [0, 0, pad, pad, pad, pad])
+    windows = padded.unfold(2, side, 1).unfold(3, side, 1)  # [T, B, H, W, I, K, K], a view
+    return windows.permute(0, 1, 2, 3, 5, 6, 4).reshape(len(x), -1, side * side * x.shape[2])

@@ -23,10 +23,10 @@ from pipeline.algorithms.inner_loop import InnerLoop
 from pipeline.core.config import Section
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import canonical_json, read_json, write_json
-from pipeline.core.functional import Model, Precision
+from pipeline.core.functional import Model
 from pipeline.core.types import Params, Task
 from pipeline.engine.memory import bytes_for_a_worker, bytes_of, planned_bytes
-from pipeline.engine.meta_gradient import Engine, Strategy, meta_gradient
+from pipeline.engine.meta_gradient import Arithmetic, Engine, Strategy, meta_gradient
 from pipeline.engine.replay import Compute, computed_by
 from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context, fingerprint
@@ -48,8 +48,9 @@ class EngineConfig(Section):
     strategy: Literal["auto", "loop", "vmap", "split", "vmap_split"] = "auto"
     """auto: the fastest here that fits into memory. loop: one task at a time. vmap: a group's tasks
     as one. split: memory does not grow with the inner steps. vmap_split: both"""
-    precision: Precision = "fp32"
-    """bf16: queries in bfloat16, inner loop in fp32; faster, other numbers"""
+    precision: Arithmetic = "fp32"
+    """bf16: queries in bfloat16, inner loop in fp32 (on a GPU tf32); tf32: on a GPU, for its tensor
+    cores; both faster, with other numbers"""
     chunk: PositiveInt | None = None
     """Tasks at once for vmap; null: as many as fit into memory"""
     memory_share: Annotated[float, Gt(0), Interval(le=1)] = 0.5
@@ -228,7 +229,18 @@ def plan(name: Strategy, config: EngineConfig, work: Work, budget: int) -> Plan:
 
 
 def _calibrate(engines: dict[Strategy, Engine], work: Work) -> dict[Strategy, float]:
-    """Tasks per second of each, taken in turn; one that fails is left out, and said.
+    """Tasks per second of each: in turn, on a GPU one by one, for recordings keep their memory."""
+    if work.context.device.type != "cuda":
+        return _in_turn(engines, work)
+    rates: dict[Strategy, float] = {}
+    for name, engine in engines.items():
+        rates |= _in_turn({name: engine}, work)
+        torch.cuda.empty_cache()
+    return rates
+
+
+def _in_turn(engines: dict[Strategy, Engine], work: Work) -> dict[Strategy, float]:
+    """Tasks per second of each; one that fails is left out, and said.
 
     The first turn takes a task or two; by its time the others take as many of the group as a few
     seconds allow, for other workers wait meanwhile. Where that is too few to fill a chunk, batching

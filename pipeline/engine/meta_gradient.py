@@ -5,7 +5,8 @@ T tasks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
@@ -14,12 +15,13 @@ from torch import Tensor
 
 from pipeline.algorithms.base import Algorithm
 from pipeline.algorithms.inner_loop import InnerLoop, inner_loop_loss
-from pipeline.core.functional import Model, Precision
+from pipeline.core.functional import Model
 from pipeline.core.types import Metrics, Params, Task
 from pipeline.engine.batched import Batched, batched_loss, stack
 from pipeline.engine.split import split_gradient
 
 Strategy = Literal["loop", "vmap", "split", "vmap_split"]
+Arithmetic = Literal["fp32", "tf32", "bf16"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
@@ -39,9 +41,11 @@ class Engine:
     """loop: one task at a time, one graph through its inner loop. vmap: many tasks as one.
     split: one task at a time, in pieces, so that memory does not grow with the inner steps.
     vmap_split: many tasks as one, in pieces."""
-    precision: Precision = "fp32"
+    precision: Arithmetic = "fp32"
     """bf16: the network's convolutions and matrix products in bfloat16, all else in fp32. The inner
-    loop stays in fp32: it is the small part of the work, and rounding errors grow through it."""
+    loop stays in fp32: it is the small part of the work, and rounding errors grow through it.
+    tf32: on a GPU, convolutions and products round their inputs to 10 bits, as its tensor cores
+    take them; bf16 has that for the inner loop there. A CPU knows no tf32: it is fp32."""
     chunk: int | None = None
     """Tasks at once, where they are computed as one; None: all of a group."""
     stride: int = 1
@@ -70,6 +74,13 @@ def meta_gradient(
     """
     if not tasks:
         raise ValueError("meta_gradient needs at least one task")
+    with _tensor_cores(engine.precision != "fp32"):
+        return _group_gradient(algorithm, model, params, tasks, engine)
+
+
+def _group_gradient(
+    algorithm: Algorithm, model: Model, params: Params, tasks: Sequence[Task], engine: Engine
+) -> GroupGradient:
     size = engine.chunk or len(tasks) if engine.at_once else 1
     total = {n: torch.zeros_like(p) for n, p in params.items()}
     rows = []
@@ -88,7 +99,7 @@ def _chunk_gradient(
 ) -> tuple[Params, Metrics]:
     """Gradient of the sum of the losses of tasks that are computed together."""
     task = stack(tasks) if engine.at_once else tasks[0]
-    lower = replace(model, precision=engine.precision)
+    lower = replace(model, precision="bf16" if engine.precision == "bf16" else "fp32")
     if not isinstance(algorithm, InnerLoop):
         loss_of = batched_loss if engine.at_once else _loss_of
         return _through(lambda leaves: loss_of(algorithm, lower, leaves, task), params)
@@ -98,6 +109,18 @@ def _chunk_gradient(
     return _through(
         lambda leaves: inner_loop_loss(inner, model, leaves, task, query_model=lower), params
     )
+
+
+@contextmanager
+def _tensor_cores(allowed: bool) -> Iterator[None]:
+    """Whether fp32 convolutions and products of a GPU may be TF32, in here."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 def _loss_of(

@@ -37,6 +37,7 @@ class Runner:
             if not is_out_of_memory(error):
                 raise
             self.engine = self._smaller(len(tasks), str(error))
+            self._compute = computed_by(self.engine)  # drops what was recorded for larger chunks
         return self(algorithm, model, params, tasks)
 
     def _smaller(self, num_tasks: int, why: str) -> Engine:

@@ -117,7 +117,8 @@ def score(
         if advance is not None:
             advance(len(chunk))
     width = episodes.query_rows.shape[1]
-    local = torch.cat(parts) if parts else torch.zeros(0, width, 2, dtype=torch.float64)
+    nothing = torch.zeros(0, width, 2, dtype=torch.float64, device=context.device)
+    local = torch.cat(parts) if parts else nothing
     answers = gather_shares(local, len(episodes.support_rows), context).cpu().numpy()
     return _as_scores(episodes, answers[..., 0], answers[..., 1].astype(np.int64))
 

@@ -44,6 +44,8 @@ SINGLE = Context(rank=0, world_size=1, device=torch.device("cpu"))
 def worker_context() -> Iterator[Context]:
     """Join the group that the launcher's environment describes (RANK, WORLD_SIZE, ...).
 
+    After an error the group is left as it is, and the process is expected to end.
+
     Raises:
         ConfigError: the environment describes no group.
     """
@@ -69,11 +71,9 @@ def worker_context() -> Iterator[Context]:
             timeout=_TIMEOUT,
             device_id=device if backend == "nccl" else None,
         )
-    try:
-        yield context
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    yield context
+    if dist.is_initialized():  # not after an error: this may wait for a peer that waits for us
+        dist.destroy_process_group()
 
 
 def backend_for(device: torch.device, workers_per_device: int) -> str:

@@ -38,7 +38,8 @@ def sums(config: Sums, context: Context) -> dict[str, Any]:
     parts = [group_vector(config, g).to(context.device) for g in own]
     gathered = gather_shares(torch.stack(parts), config.num_groups, context)
     uneven = share(5, context.rank, context.world_size)
-    odd = gather_shares(torch.tensor(list(uneven), dtype=torch.int64), 5, context)
+    places = torch.tensor(list(uneven), dtype=torch.int64, device=context.device)
+    odd = gather_shares(places, 5, context)
     return {
         "exact": exact_sum(parts, config.num_groups, context).cpu().numpy().tobytes().hex(),
         "fast": fast_sum(parts).tolist(),

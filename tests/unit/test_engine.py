@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.algorithms.base import Algorithm
 from pipeline.algorithms.inner_loop import inner_loop_loss
@@ -264,6 +264,33 @@ def test_split_holds_no_more_activations_for_more_inner_steps() -> None:
     assert live_bytes("split", 24) == live_bytes("split", 2)
     assert live_bytes("loop", 24) > 6 * live_bytes("loop", 2)
     assert 5 * live_bytes("split", 24) < live_bytes("loop", 24)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_tensor_cores_are_allowed_where_they_are_asked_for_and_only_there(precision: Any) -> None:
+    """Flags of a GPU's libraries, which a CPU's build keeps too; they are as different as can be."""
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32, products.allow_tf32 = True, False
+    seen = []
+
+    class Watching(nn.Module):
+        def forward(self, x: Tensor, statistics: Any) -> tuple[Tensor, dict[str, Tensor]]:
+            seen.append((convolutions.allow_tf32, products.allow_tf32))
+            if len(seen) == 2:
+                raise KeyError("something fails")
+            return x.flatten(1), {}
+
+    model = replace(model_of("transductive")[0], skeleton=Watching())
+    with pytest.raises(KeyError):
+        tasks = tasks_for(SHAPE, torch.float32)
+        meta_gradient(
+            ProtoNet(batch_norm="transductive"), model, {}, tasks, Engine(precision=precision)
+        )
+    after = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32, products.allow_tf32 = before
+    assert seen == [(precision != "fp32",) * 2] * 2
+    assert after == (True, False)
 
 
 def test_no_task_and_unequal_tasks_are_refused() -> None:
