@@ -17,6 +17,7 @@ from benchmarks.cases import CASES, Case, Device, cases_of, num_cores
 from benchmarks.entrant import end_on_sigterm
 from benchmarks.entries import entrants
 from benchmarks.measure import Effort, measure
+from benchmarks.peers import PEERS
 from benchmarks.record import (
     RECORD,
     Machine,
@@ -28,10 +29,12 @@ from benchmarks.record import (
     write_record,
 )
 from benchmarks.roofline import peaks_of
+from pipeline.engine.meta_gradient import STRATEGIES
 from pipeline.runtime.logs import run_main
 
 DEFAULT_CASES = {"cpu": "1,2,3,5,6,7,8,9", "cuda": "1,2,3,4,5,6,7,9"}
 """Case 4 takes an hour on two cores; case 8 is about processes on cores."""
+ENGINES = (*PEERS, *STRATEGIES, "auto", "meta_train")
 QUICK = Effort(rounds=2, seconds=0.5)
 
 
@@ -51,10 +54,15 @@ def main() -> None:
     unknown = numbers - {case.number for case in CASES}
     if unknown:
         parser.error(f"no case {min(unknown)}; there are {sorted({c.number for c in CASES})}")
-    if options.quick and options.record == RECORD:
-        parser.error("--quick is a trial: name another file for its rows with --record")
     effort = QUICK if options.quick else Effort(rounds=options.rounds, seconds=options.seconds)
     only = set(options.engines.split(",")) if options.engines else None
+    if only and not only <= set(ENGINES):
+        parser.error(f"no engine {min(only - set(ENGINES))}; there are {', '.join(ENGINES)}")
+    if options.record == RECORD and (only or effort.rounds < Effort().rounds):
+        parser.error(
+            f"{RECORD} is for whole cases of {Effort().rounds} rounds or more: name another file "
+            "for the rows of a trial, or of some contestants, with --record"
+        )
     record = read_record(options.record)
     end_on_sigterm()
     machine = this_machine(device).model_copy(update={"peaks": peaks_of(device)})

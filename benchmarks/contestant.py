@@ -45,6 +45,8 @@ class Runner(NamedTuple):
     """What `auto` has chosen"""
     forget: Callable[[], None] = lambda: None
     """Drop recordings, which keep their memory"""
+    data_wait_fraction: Callable[[], float | None] = lambda: None
+    """Of the time of a whole training run"""
 
 
 def main() -> None:
@@ -127,15 +129,20 @@ def _obey(command: dict[str, Any], runner: Runner, memory: Memory, clock: Clock)
             safetensors.torch.save_file(cpu, command["file"])
             return {"operations": list(traffic.operations.items())}
         case "memory":
-            return {"bytes": memory.peak_bytes(), "strategy": runner.strategy()}
+            return {
+                "bytes": memory.peak_bytes(),
+                "strategy": runner.strategy(),
+                "data_wait_fraction": runner.data_wait_fraction(),
+            }
     raise ValueError(command)
 
 
 def _runner(case: Case, contestant: Contestant, context: Context, scratch: Path) -> Runner:
     if case.kind == "training":
-        from benchmarks.whole_loop import make_whole_loop  # the others need none of it
+        from benchmarks.whole_loop import WholeLoop  # the others need none of it
 
-        return Runner(make_whole_loop(case, context, scratch), _no_gradient)
+        training = WholeLoop(case, context, scratch)
+        return Runner(training.train, _no_gradient, data_wait_fraction=training.data_wait_fraction)
     dtype = torch.float64 if contestant.precision == "fp64" else torch.float32
     problem = make_problem(case, dtype, contestant.device)
     if contestant.is_peer:

@@ -42,6 +42,8 @@ class Entrant:
         """What `auto` has chosen"""
         self.peak_memory_bytes: int | None = None
         self.gradient_error: float | None = None
+        self.data_wait_fraction: float | None = None
+        """Of a whole training run"""
         scratch.mkdir(parents=True)
         command = [sys.executable, "-m", "benchmarks.contestant", case.model_dump_json()]
         command += [contestant.model_dump_json(), str(scratch)]
@@ -119,8 +121,8 @@ class Entrant:
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         if self.contestant.device == "cpu":  # workers take a card where they see one
             environment["CUDA_VISIBLE_DEVICES"] = ""
-        if self.contestant.is_peer:
-            return environment
+        if self.contestant.is_peer:  # as users start it, but for the comparison core for core
+            return {**environment, **KEEP_MEMORY} if self.contestant.workers > 1 else environment
         return {
             **environment,
             **KEEP_MEMORY,

@@ -133,6 +133,7 @@ def _run(
 
     def inspect(entrant: Entrant) -> None:
         answers = entrant.ask("memory")
+        entrant.data_wait_fraction = answers[0]["data_wait_fraction"]
         if entrant.contestant.engine == "auto":  # its peak may be that of what it tried
             entrant.strategy = answers[0]["strategy"]
         else:
@@ -145,9 +146,7 @@ def _run(
     for i in range(effort.rounds if case.kind != "memory" else 0):
         turn = i % max(1, len(running))  # nobody always follows the same neighbour
         running = left.survivors(running[turn:] + running[:turn], one_round)
-    if case.kind != "training":
-        running = left.survivors(running, inspect)
-    return running
+    return left.survivors(running, inspect)
 
 
 def _reference(
@@ -248,6 +247,7 @@ def _row(case: Case, entrant: Entrant, machine: str) -> Row:
             "rounds": len(rates),
             "tasks_per_round": entrant.tasks_per_round,
             "chosen": entrant.strategy,
+            "data_wait_fraction": entrant.data_wait_fraction,
             "peak_memory_bytes": entrant.peak_memory_bytes,
             "gradient_error": entrant.gradient_error,
         }

@@ -76,6 +76,9 @@ class Row(Section):
     gradient_error: float | None
     """|g - g64| / |g64|, against the eager loop in float64 on the same tasks"""
 
+    data_wait_fraction: float | None = None
+    """Of the time of a whole training run, what its steps waited for data"""
+
     @property
     def who(self) -> tuple[str, str, str, str, int, int]:
         """What a row is of."""

@@ -46,16 +46,19 @@ and the most; ratios are of medians of one run.
   `torchopt`, and `functorch` (PyTorch's own recipe, `vmap` of `grad`); `plain` is a ProtoNet's
   plainest training loop. On a CPU they have all cores as threads, and, where said, one.
 - A peer in several processes of one thread (*n* × 1 thread) is nobody's way to run it, and takes no
-  part in *best peer*; it tells how much of ours is the arithmetic and how much one process a core.
-- *Ours* is named by its strategy (`loop`, `vmap`, `split`, `vmap_split`; `auto` chooses one) and
-  runs on a CPU as Metaloom does: a process of one thread for each core, their gradients added up
-  once a meta-batch. Its workers start with glibc told to keep freed memory, as our launcher starts
-  them; peers start as Python does.
+  part in *best peer*; it tells how much of ours is the arithmetic and how much one process a core
+  that keeps its memory (it gets glibc's settings too).
+- *Ours* is named by its strategy (`loop`, `vmap`, `split`, `vmap_split`; `auto` chooses one; the
+  summary shows `auto` where it took part, else the fastest) and runs on a CPU as Metaloom does: a
+  process of one thread for each core, their gradients added up once a meta-batch. Its workers start
+  with glibc told to keep freed memory, as our launcher starts them; peers start as Python does.
 - *To best peer* compares with the fastest peer in fp32 at any number of threads, *to eager* with
   the eager (or plain) loop in fp32 on all cores.
 - *Error* is |g − g64| / |g64| of the summed gradient of a few tasks, against the eager loop in
-  float64. *Memory* is the peak above what the processes held before their first gradient, all of
-  them together.
+  float64. In float32 a near-tie of a pooling that falls the other way moves one task's gradient by
+  up to some 3e-3, for anyone: that is what larger errors are. *Memory* is the peak above what the
+  processes held before their first gradient, all of them together; `auto` has none, for it tried
+  others before.
 - *bf16* is bfloat16 in convolutions and matrix products: for peers PyTorch's autocast around the
   whole, for ours what `meta_train.engine.precision` says.
 """
@@ -122,7 +125,21 @@ def render(record: Record, source: Path, picture: Path) -> str:
         rows = [row for row in record.rows if row.machine == name]
         if rows:
             parts += _machine_section(record, machine, rows)
+    parts += _not_measured(record)
     return "\n".join(parts)
+
+
+def _not_measured(record: Record) -> list[str]:
+    """What a reader may look for in vain."""
+    seen = {row.case for row in record.rows}
+    missing = {case.number: case.title for case in CASES if case.name not in seen}
+    for case in CASES:  # a case of several sizes counts as measured if one of them was
+        if case.name in seen:
+            missing.pop(case.number, None)
+    lines = [f"Not measured: case {n}, {title}." for n, title in sorted(missing.items())]
+    if not any(machine.gpu for machine in record.machines.values()):
+        lines.append("Nothing was measured on a GPU: there was none.")
+    return [*lines, ""] if lines else []
 
 
 def eager_row(rows: Iterable[Row]) -> Row | None:
@@ -144,9 +161,9 @@ def best_peer(rows: Iterable[Row]) -> Row | None:
 
 
 def best_ours(rows: Iterable[Row], dtype: str) -> Row | None:
-    """Our fastest strategy in one precision."""
+    """What `auto` gives in one precision, or else our fastest strategy."""
     found = [row for row in rows if not row.peer and row.dtype == dtype and _timed(row)]
-    return max(found, key=_rate, default=None)
+    return max([r for r in found if r.engine == "auto"] or found, key=_rate, default=None)
 
 
 def ratio(row: Row | None, to: Row | None) -> float | None:
@@ -253,12 +270,15 @@ def _notes(record: Record, machine: Machine, case: Case, rows: Sequence[Row]) ->
     flops = record.flops_per_task.get(case.name)
     if flops:
         notes.append(
-            f"The eager loop's matrix products and convolutions come to {flops / 1e9:,.1f} GFLOP a "
+            f"The eager loop's matrix products and convolutions come to {_operations(flops)} a "
             "task; tasks/s times that is the useful rate, whatever a strategy computes again."
         )
     for roofline in record.rooflines:
         if (roofline.machine, roofline.case) == (machine.name, case.name):
             notes.append(_roofline_note(roofline, rows))
+    waits = [row.data_wait_fraction for row in rows if row.data_wait_fraction is not None]
+    if waits:
+        notes.append(f"Waiting for data: at most {_percent(max(waits))} of the time of the steps.")
     return [*notes, ""] if notes else []
 
 
@@ -272,8 +292,8 @@ def _roofline_note(roofline: Roofline, rows: Sequence[Row]) -> str:
             reached.append(f"{_percent(_rate(ours) * least)} in {dtype}")
     ours_reach = f"; the fastest of ours reaches {' and '.join(reached)}" if reached else ""
     return (
-        f"The eager loop's kernels could not run faster than {' and '.join(limits)} here (each "
-        f"limited by matrix-product speed or memory bandwidth){ours_reach}."
+        f"At these speeds the eager loop's kernels, each limited by matrix products or by memory, "
+        f"would come to {' and '.join(limits)} (an estimate){ours_reach}."
     )
 
 
@@ -334,6 +354,10 @@ def _named(row: Row | None) -> str:
 
 def _times(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
+
+
+def _operations(count: int) -> str:
+    return f"{count / 1e9:,.1f} GFLOP" if count >= 10**8 else f"{count / 1e6:,.2g} MFLOP"
 
 
 def _percent(share: float) -> str:

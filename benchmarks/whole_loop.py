@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from pipeline.core.files import new_folder
 from pipeline.engine.learner import Learner, Preprocessing, save_learner
 from pipeline.runtime.collectives import barrier
 from pipeline.runtime.context import Context
+from pipeline.runtime.journal import read_points
 from pipeline.store.reader import StoredClass, open_store
 from pipeline.store.writer import StoreContent, write_store
 from pipeline.tasks.plan import SampleTasksConfig, sample_tasks
@@ -31,25 +32,33 @@ _SPLITS = {"train": 200, "val": 40, "test": 40}
 _EXAMPLES = 20
 
 
-def make_whole_loop(case: Case, context: Context, folder: Path) -> Callable[[], int]:
-    """A function that trains anew each time, in processes that are running already.
+class WholeLoop:
+    """Trains anew each time that it is asked, in processes that are running already."""
 
-    Returns:
-        A function of no arguments; it returns the number of training tasks.
-    """
-    if context.is_main:
-        _prepare(case, folder, context)
-    barrier()
-    count = 0
+    def __init__(self, case: Case, context: Context, folder: Path) -> None:
+        self._case, self._context, self._folder = case, context, folder
+        self._count = 0
+        if context.is_main:
+            _prepare(case, folder, context)
+        barrier()
 
-    def train() -> int:
-        nonlocal count
-        count += 1
-        job = _job(case, folder, f"run-{count}", context)
-        run(job, context)
-        return job.config.outer.num_steps * case.meta_batch
+    def train(self) -> int:
+        """The number of training tasks."""
+        self._count += 1
+        job = _job(self._case, self._folder, f"run-{self._count}", self._context)
+        run(job, self._context)
+        return job.config.outer.num_steps * self._case.meta_batch
 
-    return train
+    def data_wait_fraction(self) -> float | None:
+        """Mean over the steps of the last run; None on workers that keep no journal."""
+        journal = _journal(self._folder, f"run-{self._count}")
+        if not journal.exists():
+            return None
+        return fmean(point.metrics["data_wait_fraction"] for point, _ in read_points(journal))
+
+
+def _journal(folder: Path, name: str) -> Path:
+    return folder / name / "journal.jsonl"
 
 
 def _job(case: Case, folder: Path, name: str, context: Context) -> MetaTrainJob:
@@ -70,7 +79,7 @@ def _job(case: Case, folder: Path, name: str, context: Context) -> MetaTrainJob:
         pretrained=folder / "pretrained",
         target=folder / name / "learner",
         checkpoints=folder / name / "checkpoints",
-        journal=folder / name / "journal.jsonl",
+        journal=_journal(folder, name),
         choices=folder / "engine.json",
     )
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +23,9 @@ from pipeline.core.errors import ConfigError
 from pipeline.core.files import canonical_json, read_json, write_json
 from pipeline.core.functional import Model
 from pipeline.core.types import Params, Task
+from pipeline.engine.calibration import Work, calibrate
 from pipeline.engine.memory import bytes_for_a_worker, bytes_of, planned_bytes
 from pipeline.engine.meta_gradient import Arithmetic, Engine, Strategy, meta_gradient
-from pipeline.engine.replay import Compute, computed_by
 from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context, fingerprint
 from pipeline.runtime.logs import say
@@ -36,7 +34,8 @@ from pipeline.tasks.spec import EpisodeSpec, bounds
 _MARGIN = 1.1
 """A strategy replaces one before it in the order of preference only if it is this much faster:
 noise should seldom change the choice, for with it go a run's last digits."""
-_ROUNDS, _ENOUGH_SECONDS = 3, 2.0
+_VERSION = 1
+"""Of the strategies' code: a faster or slower one makes earlier choices void"""
 _WHOLE: dict[str, Strategy] = {"split": "loop", "vmap_split": "vmap"}
 _BATCHED = 1.5
 """What many tasks as one take above so many tasks alone, for copies between layouts."""
@@ -49,8 +48,9 @@ class EngineConfig(Section):
     """auto: the fastest here that fits into memory. loop: one task at a time. vmap: a group's tasks
     as one. split: memory does not grow with the inner steps. vmap_split: both"""
     precision: Arithmetic = "fp32"
-    """bf16: queries in bfloat16, inner loop in fp32 (on a GPU tf32); tf32: on a GPU, for its tensor
-    cores; both faster, with other numbers"""
+    """bf16: queries (a ProtoNet's support too) in bfloat16, inner loop in fp32, on a GPU in tf32;
+    faster, and gradients are some 10 % off (tested to stay below a quarter). tf32: for a GPU's
+    tensor cores; inputs of products rounded to 10 bits"""
     chunk: PositiveInt | None = None
     """Tasks at once for vmap; null: as many as fit into memory"""
     memory_share: Annotated[float, Gt(0), Interval(le=1)] = 0.5
@@ -67,6 +67,8 @@ class Choice:
     reason: str
     tasks_per_second: dict[str, float]
     """Of each strategy that was tried, by name; empty where there was nothing to try"""
+    holds: bool = True
+    """Whether later runs may take it: not where a strategy failed, which may work another time"""
 
 
 def choose_engine(
@@ -92,17 +94,6 @@ def choose_engine(
     return _broadcast(found, context)
 
 
-class Work(NamedTuple):
-    """What a choice is for."""
-
-    algorithm: Algorithm
-    model: Model
-    params: Params
-    tasks: Sequence[Task]
-    """A group of the largest shape"""
-    context: Context
-
-
 def example_group(
     spec: EpisodeSpec, image_shape: tuple[int, int, int], num_tasks: int, device: torch.device
 ) -> list[Task]:
@@ -125,10 +116,12 @@ def _remembered_or_new(config: EngineConfig, work: Work, memory: Path) -> Engine
         choice = known[key]
         say("engine", strategy=choice.engine.strategy, why=f"remembered: {choice.reason}")
         return choice.engine
+    if config.precision == "tf32" and work.context.device.type == "cpu":
+        say("engine", precision="fp32", why="a CPU knows no tf32")
     choice = _decide(config, work)
     rates = {f"{n}_tasks_per_second": rate for n, rate in choice.tasks_per_second.items()}
     say("engine", strategy=choice.engine.strategy, why=choice.reason, **rates)
-    if config.strategy == "auto":
+    if config.strategy == "auto" and choice.holds:
         write_json(memory, _CHOICES.dump_python({**known, key: choice}, mode="json"))
     return choice.engine
 
@@ -137,6 +130,11 @@ _CHOICES = TypeAdapter(dict[str, Choice])
 
 
 def _read(memory: Path) -> dict[str, Choice]:
+    """Choices of earlier runs.
+
+    Raises:
+        ConfigError: the file is none of ours.
+    """
     if not memory.exists():
         return {}
     try:
@@ -164,16 +162,23 @@ def _decide(config: EngineConfig, work: Work) -> Choice:
             reason = f"{config.strategy} was asked for, and there is no second order to split"
         if len(names) > 1:
             reason = f"the only one within {_mib(budget)}"
+        if plans[only].engine.at_once and len(work.tasks) == 1:
+            reason += "; but a group has one task (tasks_per_group), so nothing is batched"
         return Choice(engine=plans[only].engine, reason=reason, tasks_per_second={})
     engines = {n: plans[n].engine for n in fitting}
-    rates = _calibrate(engines, work)
+    rates, any_failed = calibrate(engines, work)
     best = fitting[0]
     for name in fitting[1:]:
         if rates.get(name, 0.0) > _MARGIN * rates.get(best, 0.0):
             best = name
-    reason = f"fastest in a calibration; plans {_mib(plans[best].num_bytes)}"
+    reason = "fastest in a calibration" if rates else "the usual one, for none could be tried"
+    if untried := [n for n in fitting if n not in rates]:
+        reason += f"; not measured: {', '.join(untried)}"
+    reason += f"; plans {_mib(plans[best].num_bytes)}"
     rounded = {str(n): round(r, 3) for n, r in rates.items()}
-    return Choice(engine=engines[best], reason=reason, tasks_per_second=rounded)
+    return Choice(
+        engine=engines[best], reason=reason, tasks_per_second=rounded, holds=not any_failed
+    )
 
 
 def _candidates(config: EngineConfig, work: Work) -> list[Strategy]:
@@ -218,69 +223,15 @@ def plan(name: Strategy, config: EngineConfig, work: Work, budget: int) -> Plan:
     if Engine(strategy=name).at_once:
         each = int(_BATCHED * each)
         chunk = min(len(tasks), config.chunk or max(1, budget // each))
+    on_gpu = work.context.device.type == "cuda"
     engine = Engine(
         strategy=name,
-        precision=config.precision,
+        precision=config.precision if on_gpu or config.precision != "tf32" else "fp32",
         chunk=chunk,
         stride=stride,
-        cuda_graphs=config.cuda_graphs and work.context.device.type == "cuda",
+        cuda_graphs=config.cuda_graphs and on_gpu,
     )
     return Plan(engine, each * (chunk or 1))
-
-
-def _calibrate(engines: dict[Strategy, Engine], work: Work) -> dict[Strategy, float]:
-    """Tasks per second of each: in turn, on a GPU one by one, for recordings keep their memory."""
-    if work.context.device.type != "cuda":
-        return _in_turn(engines, work)
-    rates: dict[Strategy, float] = {}
-    for name, engine in engines.items():
-        rates |= _in_turn({name: engine}, work)
-        torch.cuda.empty_cache()
-    return rates
-
-
-def _in_turn(engines: dict[Strategy, Engine], work: Work) -> dict[Strategy, float]:
-    """Tasks per second of each; one that fails is left out, and said.
-
-    The first turn takes a task or two; by its time the others take as many of the group as a few
-    seconds allow, for other workers wait meanwhile. Where that is too few to fill a chunk, batching
-    looks slower than it is.
-    """
-    tasks = work.tasks
-    runs = {n: computed_by(e) for n, e in engines.items()}
-    seconds: dict[Strategy, list[float]] = {n: [] for n in engines}
-    counts = {n: min(len(tasks), 2 if e.at_once else 1) for n, e in engines.items()}
-    for turn in range(1 + _ROUNDS):
-        for name in list(seconds):
-            try:
-                once = _seconds(runs[name], engines[name], work, counts[name])
-            except RuntimeError as error:
-                say("engine", strategy=name, left_out=str(error).splitlines()[0])
-                del seconds[name]
-                continue
-            seconds[name].append(once)
-        if any(max(times) > _ENOUGH_SECONDS for times in seconds.values()):
-            break  # slow enough to count its first turn
-        if turn == 0:
-            for name, (once,) in seconds.items():
-                affordable = int(counts[name] * _ENOUGH_SECONDS / once)
-                counts[name] = max(counts[name], min(len(tasks), affordable))
-            seconds = {n: [] for n in seconds}
-    return {n: counts[n] / statistics.median(times) for n, times in seconds.items()}
-
-
-def _seconds(compute: Compute, engine: Engine, work: Work, num_tasks: int) -> float:
-    """Of one gradient; on a GPU of the second, for a shape's first call may record."""
-    algorithm, model, params, tasks, context = work
-    on_gpu = context.device.type == "cuda"
-    seconds = 0.0
-    for _ in range(2 if on_gpu else 1):
-        start = time.perf_counter()
-        compute(algorithm, model, params, tasks[:num_tasks], engine)
-        if on_gpu:
-            torch.cuda.synchronize(context.device)
-        seconds = time.perf_counter() - start
-    return seconds
 
 
 def _broadcast(engine: Engine, context: Context) -> Engine:
@@ -293,10 +244,11 @@ def _broadcast(engine: Engine, context: Context) -> Engine:
 
 
 def _key(config: EngineConfig, work: Work) -> str:
-    """What the choice depends on: machine, algorithm, network, shapes."""
+    """What the choice depends on: code, machine and its memory, algorithm, network, shapes."""
     model, tasks = work.model, work.tasks
     facts = {
-        "machine": [fingerprint(), work.context.workers_per_device],
+        "version": _VERSION,
+        "machine": [fingerprint(), bytes_for_a_worker(work.context)],
         "config": config.model_dump(mode="json"),
         "algorithm": repr(work.algorithm),
         "model": [model.batch_norm, repr(model.skeleton)],

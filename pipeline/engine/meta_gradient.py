@@ -35,7 +35,7 @@ class GroupGradient(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How a gradient is computed; every choice gives the same one, within rounding."""
+    """How a gradient is computed; every strategy gives the same one, within rounding."""
 
     strategy: Strategy = "loop"
     """loop: one task at a time, one graph through its inner loop. vmap: many tasks as one.
@@ -71,6 +71,9 @@ def meta_gradient(
     Args:
         params: meta-parameters; they are not changed and need not require gradients.
         tasks: at least one; computed at once, they must share (ways, support, query) sizes.
+
+    Raises:
+        ValueError: there is no task, or tasks that are computed at once differ in shape.
     """
     if not tasks:
         raise ValueError("meta_gradient needs at least one task")

@@ -42,12 +42,17 @@ class Runner:
 
     def _smaller(self, num_tasks: int, why: str) -> Engine:
         size = (self.engine.chunk or num_tasks) if self.engine.at_once else 1
+        said = why.splitlines()[0].rstrip(".")
         if self._halved or size == 1:
+            advice = ["take smaller episodes or fewer workers"]
+            if size > 1:
+                advice.insert(0, "lower meta_train.engine.chunk")
+            if self.engine.strategy != "split":
+                advice.insert(0, "set meta_train.engine.strategy to split, which needs least")
             raise TrainingError(
                 f"out of memory with {size} task(s) at once by strategy {self.engine.strategy!r}: "
-                f"{why.splitlines()[0]} Set meta_train.engine.strategy to split, which needs "
-                "least, lower meta_train.engine.chunk, or take smaller episodes."
+                f"{said}. To mend it, {', or '.join(advice)}."
             ) from None
         self._halved = True
-        say("engine", out_of_memory=why.splitlines()[0], chunk=size // 2)
+        say("engine", out_of_memory=said, chunk=size // 2)
         return replace(self.engine, chunk=size // 2)

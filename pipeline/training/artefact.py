@@ -43,7 +43,8 @@ def leave_learner(
 ) -> dict[str, Any]:
     """Seal the best learner of a run with its history into `target`; returns the run's metrics.
 
-    Only what a rerun gives again goes into the folder: no times, no number of workers.
+    Only what a rerun gives again goes into the folder: no times, no number of workers; with engine
+    strategy `auto`, what a rerun gives on a machine that chooses the same.
     """
     best, progress = best_of(state), state.progress
     metrics = {

@@ -132,7 +132,11 @@ def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
         "num_groups": job.config.num_groups,
         "tasks_per_group": job.config.tasks_per_group,
         "augment": job.config.augment.model_dump(mode="json"),
-        "engine": {"strategy": engine.strategy, "precision": engine.precision},
+        "engine": {
+            "strategy": engine.strategy,
+            "precision": engine.precision,
+            "chunk": engine.chunk,
+        },
     }
     return leave_learner(job.target, learner, state, origin, context)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,16 +19,18 @@ from pipeline.backbones.table import BackboneSpec, build_model, init_params
 from pipeline.core.errors import ConfigError
 from pipeline.core.functional import Model
 from pipeline.core.types import Params, Task
+from pipeline.engine import calibration, choice
+from pipeline.engine.calibration import Work
 from pipeline.engine.choice import (
     EngineConfig,
     Plan,
-    Work,
     choose_engine,
     example_group,
     plan,
 )
 from pipeline.engine.memory import bytes_for_a_worker, planned_bytes
-from pipeline.engine.meta_gradient import Engine, meta_gradient
+from pipeline.engine.meta_gradient import Engine, GroupGradient, meta_gradient
+from pipeline.engine.replay import Compute
 from pipeline.runtime.context import SINGLE
 from pipeline.tasks.spec import EpisodeSpec
 from tests.conftest import REPOSITORY
@@ -74,6 +77,65 @@ def test_the_choice_is_said_and_remembered(
     choose(MAML(num_inner_steps=3), memory)
     assert said(capsys)["why"].startswith("fastest"), "another algorithm is another choice"
     assert len(json.loads(memory.read_text())) == 2
+
+
+def failing(broken: set[str]) -> Callable[[Engine], Compute]:
+    """Strategies of which some are refused by an allocator."""
+
+    def runs(engine: Engine) -> Compute:
+        def refuse(*arguments: Any) -> GroupGradient:
+            raise RuntimeError("can't allocate memory: you tried to allocate it all")
+
+        return refuse if engine.strategy in broken else meta_gradient
+
+    return runs
+
+
+@pytest.mark.parametrize("broken", [{"loop", "split"}, {"split"}])
+def test_a_choice_among_strategies_that_fail_is_said_and_not_remembered(
+    broken: set[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    memory = tmp_path / "engine.json"
+    monkeypatch.setattr(calibration, "computed_by", failing(broken))
+    assert choose(MAML(num_inner_steps=2), memory).strategy == "loop"
+    *left_out, line = map(json.loads, capsys.readouterr().err.splitlines())
+    assert {one["strategy"] for one in left_out} == broken
+    usual = "the usual one, for none could be tried; not measured: loop, split"
+    fastest = "fastest in a calibration; not measured: split"
+    assert line["why"].startswith(usual if "loop" in broken else fastest)
+    assert not memory.exists()
+
+
+def test_a_calibration_does_not_keep_other_workers_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory = tmp_path / "engine.json"
+    monkeypatch.setattr(calibration, "LONGEST_SECONDS", 0.0)
+    assert choose(MAML(num_inner_steps=2), memory).strategy == "loop"
+    assert "not measured: split" in said(capsys)["why"]
+    assert memory.exists(), "the next run would have no more time"
+
+
+def test_a_choice_holds_for_the_memory_that_it_was_planned_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = tmp_path / "engine.json"
+    choose(MAML(num_inner_steps=2), memory)
+    monkeypatch.setattr(choice, "bytes_for_a_worker", lambda context: 2**31)
+    choose(MAML(num_inner_steps=2), memory)
+    assert len(json.loads(memory.read_text())) == 2
+
+
+def test_a_cpu_says_that_it_knows_no_tf32(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = choose(ProtoNet(), tmp_path / "engine.json", precision="tf32")
+    assert engine.precision == "fp32"
+    first = json.loads(capsys.readouterr().err.splitlines()[0])
+    assert first["why"] == "a CPU knows no tf32"
 
 
 def test_a_metric_learner_has_one_strategy_a_task_and_an_asked_for_one_holds(
@@ -254,7 +316,7 @@ def test_out_of_memory_twice_is_an_error_that_says_how_to_mend_it() -> None:
     done = refused(150)
     assert done.returncode != 0
     assert "TrainingError: out of memory with 4 task(s) at once by strategy 'vmap'" in done.stderr
-    assert "Set meta_train.engine.strategy to split" in done.stderr
+    assert "set meta_train.engine.strategy to split" in done.stderr
 
 
 def test_a_plan_depends_on_the_machine_alone() -> None:
