@@ -23,8 +23,10 @@ from pipeline.backbones.table import BackboneSpec, build_model, init_params
 from pipeline.core.config import Section
 from pipeline.core.functional import Model
 from pipeline.core.types import Params, Task
+from pipeline.engine.meta_gradient import Arithmetic
 
 Device = Literal["cpu", "cuda"]
+Dtype = Literal["fp64"] | Arithmetic
 
 
 class Case(Section):
@@ -74,7 +76,7 @@ class Contestant(Section):
 
     engine: str
     """A peer, a strategy of ours, `auto`, or `meta_train`"""
-    precision: Literal["fp64", "fp32", "tf32", "bf16"] = "fp32"
+    precision: Dtype = "fp32"
     threads: PositiveInt = 1
     """Of each process"""
     workers: PositiveInt = 1

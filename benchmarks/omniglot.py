@@ -1,4 +1,4 @@
-"""Accuracy on Omniglot under the honest protocol: `python -m benchmarks.omniglot [NAMES]`.
+"""Accuracy on Omniglot under the honest protocol: `python -m benchmarks.omniglot`.
 
 Vinyals split, rotations as extra classes in training alone, inductive, one model, 10,000 test
 episodes of 15 queries a class, training pictures shifted by up to two pixels. `protonet` starts
@@ -6,16 +6,17 @@ from a pre-trained Conv4-64. `maml` and `maml_bf16` start from the same fresh we
 that were pre-trained on the training classes make their episodes too easy to learn from; they
 differ in precision alone, and are scored on the same frozen episodes.
 
-What is finished is kept in `.metaloom/omniglot`, so that a stopped run goes on. The results go to
-`benchmarks/results/omniglot.json`, with the validation curves. `--quick` takes a few steps and
-episodes, into a folder of its own, to see that everything runs.
+What is finished is kept in `.metaloom/omniglot`, under a hash of its settings (not of the code), so
+that a stopped run goes on. The results go to `benchmarks/results/omniglot.json`, with the
+validation curves. `--quick` takes a few steps and episodes, into a folder of its own, to see that
+everything runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,13 +27,13 @@ from pipeline.algorithms.maml import MAML
 from pipeline.algorithms.protonet import ProtoNet
 from pipeline.algorithms.table import AlgorithmConfig
 from pipeline.core.config import Section
-from pipeline.core.files import read_json, write_json
+from pipeline.core.files import canonical_json, read_json, write_json
 from pipeline.domains.omniglot import OmniglotConfig
 from pipeline.engine.choice import EngineConfig
 from pipeline.launch.table import launch
 from pipeline.runtime.logs import run_main, say
 from pipeline.store.build import PreprocessConfig, build_store
-from pipeline.store.reader import open_store
+from pipeline.store.reader import Store, open_store
 from pipeline.tasks.plan import SampleTasksConfig, sample_tasks
 from pipeline.tasks.spec import EpisodeSpec, FrozenSpec
 from pipeline.training.augment import AugmentConfig
@@ -42,6 +43,7 @@ from pipeline.training.pretrain import PretrainConfig, pretrain
 
 FOLDER = Path(".metaloom/omniglot")
 RECORD = Path("benchmarks/results/omniglot.json")
+_PRETRAINING_STEPS = 1500
 _QUICK_STEPS, _QUICK_EPISODES = 2, 4
 
 
@@ -92,6 +94,13 @@ class Bench(NamedTuple):
     folder: Path
     quick: bool
 
+    def kept(self, name: str, settings: Section, *others: str) -> Path:
+        """Where something lives that was made by these settings from these others."""
+        facts = [settings.model_dump(mode="json"), *others]
+        return (
+            self.folder / f"{name}-{hashlib.sha256(canonical_json(facts).encode()).hexdigest()[:8]}"
+        )
+
     def steps(self, outer: OuterConfig) -> OuterConfig:
         """As they are, or a few."""
         return outer.model_copy(update={"num_steps": _QUICK_STEPS} if self.quick else {})
@@ -106,61 +115,63 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("names", nargs="*", choices=[[], *RUNS], help="runs; all by default")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"runs, of {', '.join(RUNS)}; all")
+    parser.add_argument(
+        "--data", type=Path, help="folder `omniglot` of the data set", required=True
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps: numbers mean nothing")
     options = parser.parse_args()
+    if unknown := [name for name in options.names if name not in RUNS]:
+        parser.error(f"no run {unknown[0]}; there are {', '.join(RUNS)}")
     bench = Bench(FOLDER.with_name("omniglot-quick") if options.quick else FOLDER, options.quick)
     record = bench.folder / RECORD.name if options.quick else RECORD
-    store = _store(bench)
+    store = _store(bench, options.data)
     pretrained = _pretrained(bench, store)
     for name in options.names or RUNS:
         row = _row(bench, name, RUNS[name], store, pretrained)
-        _keep(row, record)
+        _keep(row, record, open_store(store))
         print(json.dumps({"run": name, **row["test"]}))
 
 
-def _store(bench: Bench) -> Path:
-    data = Path(os.environ.get("METALOOM_DATA", "../shared/data"))
-    target = bench.folder / "store"
+def _store(bench: Bench, data: Path) -> Path:
+    settings = OmniglotConfig(split_dir="splits_vinyals", rotations="train_only")
+    target = bench.kept("store", settings)
     if not target.exists():
-        config = PreprocessConfig(
-            domain="omniglot",
-            source=data / "omniglot",
-            omniglot=OmniglotConfig(split_dir="splits_vinyals", rotations="train_only"),
-        )
-        build_store(config, target)
+        build_store(PreprocessConfig(domain="omniglot", source=data, omniglot=settings), target)
     return target
 
 
-def _tasks(bench: Bench, store: Path, name: str, episodes: EpisodeSpec) -> Path:
-    target = bench.folder / f"tasks-{name}"
+def _tasks(bench: Bench, store: Path, episodes: EpisodeSpec) -> Path:
+    val = FrozenSpec(ways=[5], shots=[1], queries=15, episodes=bench.episodes(400))
+    test = FrozenSpec(ways=[5, 20], shots=[1, 5], queries=15, episodes=bench.episodes(10_000))
+    config = SampleTasksConfig(train=episodes, val=val, test=test)
+    target = bench.kept("tasks", config, store.name)
     if not target.exists():
-        val = FrozenSpec(ways=[5], shots=[1], queries=15, episodes=bench.episodes(400))
-        test = FrozenSpec(ways=[5, 20], shots=[1, 5], queries=15, episodes=bench.episodes(10_000))
-        config = SampleTasksConfig(train=episodes, val=val, test=test)
         sample_tasks(config, open_store(store), target)
     return target
 
 
 def _pretrained(bench: Bench, store: Path) -> Path:
-    """Conv4-64 as a classifier of the 4,112 training classes."""
-    target = bench.folder / "pretrained"
+    """Conv4-64 as a classifier of the training classes."""
+    outer = bench.steps(OuterConfig(num_steps=_PRETRAINING_STEPS, lr=0.003, validate_every=250))
+    config = PretrainConfig(candidates=["conv4"], outer=outer)
+    target = bench.kept("pretrained", config, store.name)
     if not (target / "conv4").exists():
-        outer = OuterConfig(num_steps=1500, lr=0.003, validate_every=250)
         pretrain(
-            PretrainConfig(candidates=["conv4"], outer=bench.steps(outer)),
+            config,
             "conv4",
             store=store,
-            tasks=_tasks(bench, store, "protonet", RUNS["protonet"].episodes),
+            tasks=_tasks(bench, store, RUNS["protonet"].episodes),
             target=target / "conv4",
-            journal=bench.folder / "pretrained.jsonl",
+            journal=target.with_suffix(".jsonl"),
         )
     return target
 
 
 def _row(bench: Bench, name: str, run: Run, store: Path, pretrained: Path) -> dict[str, Any]:
-    tasks, target = _tasks(bench, store, name, run.episodes), bench.folder / f"learner-{name}"
+    tasks = _tasks(bench, store, run.episodes)
     config = run.config.model_copy(update={"outer": bench.steps(run.config.outer)})
+    target = bench.kept(name, config, tasks.name, pretrained.name if config.warm_start else "")
     if not target.exists():
         start = time.monotonic()
         meta_train(
@@ -170,7 +181,7 @@ def _row(bench: Bench, name: str, run: Run, store: Path, pretrained: Path) -> di
             tasks=tasks,
             pretrained=pretrained,
             target=target,
-            journal=bench.folder / f"{name}.jsonl",
+            journal=target.with_suffix(".jsonl"),
         )
         say("omniglot", run=name, seconds=round(time.monotonic() - start))
     history = read_json(target / "history.json")
@@ -180,19 +191,25 @@ def _row(bench: Bench, name: str, run: Run, store: Path, pretrained: Path) -> di
     return {
         "run": name,
         "precision": config.engine.precision,
+        "pretrained": config.warm_start,
         "episodes": run.episodes.model_dump(mode="json"),
-        "tasks": config.outer.num_steps * tasks_per_step,
+        "tasks": history[-1]["step"] * tasks_per_step,
         "tasks_per_step": tasks_per_step,
         "test": launch("benchmarks.scoring:score_all", job, most=64),
         "curve": curve,
     }
 
 
-def _keep(row: dict[str, Any], record: Path) -> None:
+def _keep(row: dict[str, Any], record: Path, store: Store) -> None:
     """The row in the record, in place of an earlier one of the same run."""
     known = read_json(record)["rows"] if record.exists() else []
     rows = [*(r for r in known if r["run"] != row["run"]), row]
-    write_json(record, {"rows": sorted(rows, key=lambda r: list(RUNS).index(r["run"]))})
+    document = {
+        "classes": {split: len(store.class_ids(split)) for split in ("train", "val", "test")},
+        "split_hash": store.split_hash("test"),
+        "rows": sorted(rows, key=lambda r: list(RUNS).index(r["run"])),
+    }
+    write_json(record, document)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ from typing import Literal, TypeVar
 import torch
 from pydantic import Field
 
-from benchmarks.cases import Device, num_cores
+from benchmarks.cases import Device, Dtype, num_cores
 from benchmarks.peers import versions
 from benchmarks.roofline import Peaks
 from pipeline.core.config import Section, parse_section
 from pipeline.core.files import read_json, write_json
 
-Dtype = Literal["fp64", "fp32", "tf32", "bf16"]
 RECORD = Path("benchmarks/results/meta_gradient.json")
 
 

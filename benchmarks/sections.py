@@ -13,12 +13,12 @@ CURVES = Path("docs/images/omniglot.png")
 _ACCURACY = """\
 ## Accuracy on Omniglot
 
-From `{record}`, made by `python -m benchmarks.omniglot`. Vinyals split (1,028 characters to train
-on, in four rotations and shifted by up to two pixels; 172 to validate; 423 to test, as they are),
-28x28, Conv4-64 (for ProtoNet pre-trained on the training classes, for MAML from fresh weights),
-inductive batch norm, one model, {episodes:,} test episodes of 15 queries a class,
-mean and 95 % interval (1.96 s / √n). The validation curve chose the step; the test split was read
-once, at the end.
+From `{record}`, made by `python -m benchmarks.omniglot`. Vinyals split (`{split}`):
+{train:,} classes to train on, which are characters in four rotations, shifted by up to two pixels;
+{val} to validate and {test} to test, as they are. 28x28, Conv4-64, inductive batch norm, one model,
+{episodes:,} test episodes of 15 queries a class, mean and 95 % interval (1.96 s / √n). Validation
+chose the step of each run. ProtoNet's settings were changed once, after an earlier run had been
+scored (docs/log.md).
 """
 _DATA = """\
 ## Data path
@@ -29,18 +29,21 @@ the most. Gathering is compared with a plain copy of as many bytes, read plus wr
 """
 
 
-def render_accuracy(rows: list[dict[str, Any]], record: Path, picture: Path) -> str:
+def render_accuracy(document: dict[str, Any], record: Path, picture: Path) -> str:
     """Markdown: one row a run and setting."""
+    rows = document["rows"]
     episodes = max(test["episodes"] for row in rows for test in row["test"].values())
+    split = document["split_hash"][:8]
     lines = [
-        _ACCURACY.format(record=record, episodes=episodes),
-        "| run | precision | training tasks | setting | accuracy |",
-        "|---|---|---:|---|---:|",
+        _ACCURACY.format(record=record, episodes=episodes, split=split, **document["classes"]),
+        "| run | precision | start | training tasks | setting | accuracy |",
+        "|---|---|---|---:|---|---:|",
     ]
     for row in rows:
         for setting, test in row["test"].items():
             accuracy = f"{100 * test['accuracy']:.2f} ± {100 * test['ci95']:.2f} %"
-            told = f"| {row['run']} | {row['precision']} | {row['tasks']:,} "
+            start = "pre-trained" if row["pretrained"] else "fresh weights"
+            told = f"| {row['run']} | {row['precision']} | {start} | {row['tasks']:,} "
             lines.append(f"{told}| {setting} | {accuracy} |")
     return "\n".join([*lines, "", f"![Validation accuracy over training tasks]({picture})"])
 
@@ -68,7 +71,7 @@ def other_sections(page: Path) -> list[str]:
     parts = []
     if ACCURACY.exists():
         picture = CURVES.relative_to(page.parent)
-        parts.append(render_accuracy(read_json(ACCURACY)["rows"], ACCURACY, picture))
+        parts.append(render_accuracy(read_json(ACCURACY), ACCURACY, picture))
     if DATA_PATH.exists():
         parts.append(render_data_path(read_json(DATA_PATH), DATA_PATH))
     return parts

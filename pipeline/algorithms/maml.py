@@ -33,7 +33,7 @@ class MAML:
         arXiv:2106.16245.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     trainable: ClassVar[bool] = True
     embeds_each_example: ClassVar[bool] = False
 

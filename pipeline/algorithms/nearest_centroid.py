@@ -26,7 +26,7 @@ class NearestCentroid:
         arXiv:1911.04623.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     trainable: ClassVar[bool] = False
     embeds_each_example: ClassVar[bool] = True
 

@@ -48,7 +48,7 @@ class ProtoNet:
         TADAM, 2018, eq. 2, arXiv:1805.10123, held fixed.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid")
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
     trainable: ClassVar[bool] = True
     embeds_each_example: ClassVar[bool] = True
 

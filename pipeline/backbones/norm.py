@@ -1,6 +1,6 @@
 """Batch normalisation whose statistics are arguments and results, never hidden state.
 
-B examples, C channels, T tasks, M = B * H * W numbers in a channel.
+B examples, C channels, T tasks, P pieces of a batch, M = B * H * W numbers in a channel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from pipeline.backbones.convolution import remember_signature
+from pipeline.backbones.functions import remember_signature
 from pipeline.core.types import Statistics
 
 EPSILON = 1e-5

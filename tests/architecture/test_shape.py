@@ -126,6 +126,7 @@ for name in ("mlflow", "ray", "dvc", "PIL", "typer", "rich", "yaml", "psutil", "
 import pipeline.engine.learner, pipeline.engine.meta_gradient, pipeline.engine.population
 import pipeline.training.meta_train, pipeline.training.pretrain, pipeline.evaluation.evaluate
 import pipeline.launch.worker
+import benchmarks.contest, benchmarks.contestant, benchmarks.report, benchmarks.whole_loop
 from pipeline.runtime.logs import progress
 sys.stderr.isatty = lambda: True
 with progress("bare", total=1, unit="tasks") as bar:
