@@ -39,13 +39,13 @@ class WholeLoop:
         self._case, self._context, self._folder = case, context, folder
         self._count = 0
         if context.is_main:
-            _prepare(case, folder, context)
+            prepare(case, folder, context)
         barrier()
 
     def train(self) -> int:
         """The number of training tasks."""
         self._count += 1
-        job = _job(self._case, self._folder, f"run-{self._count}", self._context)
+        job = job_of(self._case, self._folder, f"run-{self._count}", self._context)
         run(job, self._context)
         return job.config.outer.num_steps * self._case.meta_batch
 
@@ -61,7 +61,8 @@ def _journal(folder: Path, name: str) -> Path:
     return folder / name / "journal.jsonl"
 
 
-def _job(case: Case, folder: Path, name: str, context: Context) -> MetaTrainJob:
+def job_of(case: Case, folder: Path, name: str, context: Context) -> MetaTrainJob:
+    """A run of a case, its own files in a folder of its name."""
     algorithm = make_algorithm(case)
     assert isinstance(algorithm, MAML)
     device = context.device.type
@@ -84,7 +85,8 @@ def _job(case: Case, folder: Path, name: str, context: Context) -> MetaTrainJob:
     )
 
 
-def _prepare(case: Case, folder: Path, context: Context) -> None:
+def prepare(case: Case, folder: Path, context: Context) -> None:
+    """Write what the runs of a case read."""
     rng = np.random.default_rng(0)
     classes, offset = [], 0
     for split, count in _SPLITS.items():

@@ -4,6 +4,9 @@
 class PipelineError(Exception):
     """A mistake or a fault that is reported by its message alone, never by a traceback."""
 
+    status = 1
+    """Exit status of the command that it ends."""
+
 
 class ConfigError(PipelineError):
     """params.yaml or an environment variable holds something that cannot be used."""
@@ -19,6 +22,18 @@ class TaskError(PipelineError):
 
 class TrainingError(PipelineError):
     """Training cannot go on: non-finite numbers, a dead worker, a changed world."""
+
+
+class StorageError(TrainingError):
+    """A disk, or an object store, refuses what has to be kept."""
+
+    status = 74  # EX_IOERR of sysexits.h
+
+
+class StoppedError(TrainingError):
+    """The run was asked to stop, and did so behind a checkpoint."""
+
+    status = 143  # as of a process that SIGTERM ended
 
 
 class ArtefactError(PipelineError):

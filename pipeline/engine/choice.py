@@ -91,6 +91,7 @@ def choose_engine(
     if context.is_main:
         work = Work(algorithm, model, params, tasks, context)
         found = _remembered_or_new(config, work, memory)
+    context.wait_for_main("choosing an engine")
     return _broadcast(found, context)
 
 
@@ -236,11 +237,13 @@ def plan(name: Strategy, config: EngineConfig, work: Work, budget: int) -> Plan:
 
 def _broadcast(engine: Engine, context: Context) -> Engine:
     """The main worker's engine on every worker."""
-    rows = TypeAdapter(Engine).dump_json(engine)
     text = torch.zeros(1, 1024, dtype=torch.uint8, device=context.device)
-    text[0, : len(rows)] = torch.frombuffer(bytearray(rows), dtype=torch.uint8)
-    first = gather_shares(text, context.world_size, context)[0].cpu().numpy().tobytes()
-    return TypeAdapter(Engine).validate_json(first.rstrip(b"\0"))
+    if context.is_main:
+        rows = TypeAdapter(Engine).dump_json(engine)
+        text[0, : len(rows)] = torch.frombuffer(bytearray(rows), dtype=torch.uint8)
+    everyone = gather_shares(text, context.world_size, context).cpu().numpy()
+    main = next(row.tobytes() for row in everyone if row.any())
+    return TypeAdapter(Engine).validate_json(main.rstrip(b"\0"))
 
 
 def _key(config: EngineConfig, work: Work) -> str:

@@ -119,6 +119,7 @@ def score(
     width = episodes.query_rows.shape[1]
     nothing = torch.zeros(0, width, 2, dtype=torch.float64, device=context.device)
     local = torch.cat(parts) if parts else nothing
+    context.wait_for_all("scores")
     answers = gather_shares(local, len(episodes.support_rows), context).cpu().numpy()
     return _as_scores(episodes, answers[..., 0], answers[..., 1].astype(np.int64))
 
@@ -197,6 +198,7 @@ def embed_rows(
             inputs = learner.preprocessing(_pictures(store, chunk, context))
             features, _ = learner.model.features(learner.params, inputs, learner.model.statistics)
             padded[i, : len(chunk)] = features
+    context.wait_for_all("features")
     return gather_shares(padded, len(chunks), context).flatten(0, 1)[: len(rows)]
 
 

@@ -10,8 +10,10 @@ from pipeline.core.config import Section
 from pipeline.core.errors import ConfigError
 from pipeline.runtime.context import default_num_workers
 
-LOST_PEER = 5
-"""Exit status of a worker whose peer went away: the peer has the story, not this one."""
+FINAL, BUG, ORPHAN, LOST_PEER, FAULT, STOPPED = 1, 3, 4, 5, 6, 75
+"""How a worker ends other than well: with an error that no new start would mend; with a mistake of
+ours; without a launcher; because a peer went away, who has the story; with a fault that it names;
+behind a checkpoint, because it was asked to."""
 
 
 class Job(NamedTuple):
@@ -21,6 +23,13 @@ class Job(NamedTuple):
     """`module:function`, called on every worker as function(config, context) -> JSON value"""
     config: Section
     num_workers: int
+    """The most workers; with `min_workers` fewer will do"""
+    min_workers: int | None = None
+    """Go on with as few as these when machines are missing; None waits for all"""
+    max_restarts: int = 0
+    """Starts in a row from one checkpoint, beside the first, before the run is given up"""
+    outputs: tuple[Path, ...] = ()
+    """Folders that the main worker leaves, to be brought to the driver from wherever that was"""
 
 
 class Launcher(Protocol):
@@ -34,22 +43,51 @@ class Launcher(Protocol):
         """
 
 
-def num_workers_from_environment(most: int) -> int:
-    """METALOOM_NUM_WORKERS, or one worker for each GPU, or else for each physical core.
+def num_workers_from_environment(most: int) -> tuple[int | None, int]:
+    """METALOOM_NUM_WORKERS (`4`, or elastic `2:4`), or one worker for each GPU, or physical core.
 
     Args:
         most: more workers than this would have nothing to do; the default stays below it, and a
             number that was asked for is left as it is, for the run to refuse.
 
+    Returns:
+        The least number of workers (None: all of them) and the most.
+
     Raises:
-        ConfigError: the variable is not a positive whole number.
+        ConfigError: the variable is not a positive whole number, or two of them.
     """
     value = os.environ.get("METALOOM_NUM_WORKERS", "")
     if not value:
-        return min(default_num_workers(), most)
-    if not value.isdecimal() or int(value) < 1:
+        return None, min(default_num_workers(), most)
+    return bounds_from_environment("METALOOM_NUM_WORKERS", value)
+
+
+def bounds_from_environment(name: str, value: str) -> tuple[int | None, int]:
+    """`4` as (None, 4), `2:4` as (2, 4).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    low, colon, high = value.partition(":")
+    numbers = [int(part) if part.isdecimal() else 0 for part in ((low, high) if colon else (low,))]
+    if min(numbers) < 1 or numbers != sorted(numbers):
         raise ConfigError(
-            f"METALOOM_NUM_WORKERS is {value!r}. Set it to a positive whole number, or unset it to "
-            f"use {default_num_workers()}."
+            f"{name} is {value!r}. Set it to a positive whole number, or to two with a colon "
+            "between them (2:4: at least 2, at most 4), or unset it."
+        )
+    return (numbers[0] if colon else None), numbers[-1]
+
+
+def max_restarts_from_environment() -> int:
+    """METALOOM_MAX_RESTARTS, or 3.
+
+    Raises:
+        ConfigError: it is no whole number.
+    """
+    value = os.environ.get("METALOOM_MAX_RESTARTS", "3")
+    if not value.isdecimal():
+        raise ConfigError(
+            f"METALOOM_MAX_RESTARTS is {value!r}. Set it to a whole number (0: never start the "
+            "workers again), or unset it for 3."
         )
     return int(value)

@@ -5,21 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.config import Section
 from pipeline.core.errors import ConfigError
-from pipeline.launch.base import Job, Launcher, num_workers_from_environment
+from pipeline.launch.base import (
+    Job,
+    Launcher,
+    max_restarts_from_environment,
+    num_workers_from_environment,
+)
 from pipeline.launch.local import launch_local
+from pipeline.launch.ray_train import launch_ray_train
+from pipeline.launch.torchrun import launch_torchrun
 
-LAUNCHERS: Mapping[str, Launcher] = {"local": launch_local}
+LAUNCHERS: Mapping[str, Launcher] = {
+    "local": launch_local,
+    "ray_train": launch_ray_train,
+    "torchrun": launch_torchrun,
+}
 
 _FOLDER = Path(".metaloom/launch")
 
 
-def launch(entry: str, config: Section, *, most: int) -> Any:
+def launch(entry: str, config: Section, *, most: int, outputs: Sequence[Path] = ()) -> Any:
     """Run `entry` on the workers that the environment asks for; return the first one's result.
 
     METALOOM_LAUNCHER picks the launcher (default `local`) and METALOOM_NUM_WORKERS the number of
@@ -27,6 +38,7 @@ def launch(entry: str, config: Section, *, most: int) -> Any:
 
     Args:
         most: how many workers can share the work.
+        outputs: folders that the main worker leaves, wherever it runs.
 
     Raises:
         ConfigError: the environment asks for something that does not exist.
@@ -37,9 +49,10 @@ def launch(entry: str, config: Section, *, most: int) -> Any:
         raise ConfigError(
             f"METALOOM_LAUNCHER is {name!r}. Set it to one of: {', '.join(LAUNCHERS)}."
         )
+    least, number = num_workers_from_environment(most)
+    job = Job(entry, config, number, least, max_restarts_from_environment(), tuple(outputs))
     _FOLDER.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=_FOLDER, prefix="run-"))
-    job = Job(entry, config, num_workers_from_environment(most))
     result = LAUNCHERS[name](job, folder)
     shutil.rmtree(folder)  # kept when the run failed: it holds the workers' logs
     return result

@@ -4,57 +4,104 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.config import Section
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import PipelineError, StoppedError
 from pipeline.core.files import write_json
-from pipeline.launch.base import LOST_PEER
+from pipeline.launch.base import BUG, FAULT, FINAL, LOST_PEER, ORPHAN, STOPPED
 from pipeline.runtime.context import worker_context
+from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
+from pipeline.runtime.metric_log import JournalLog
 
-_PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+STARTS = "starts"
+"""One line for each time that the workers were started: the checkpoint's step that they found."""
+
+_LET_THE_OTHER_SPEAK_SECONDS = 0.5
 
 
 def main() -> None:
     """Arguments: entry, configuration class, configuration file, folder for the result."""
     entry, kind, config_file, folder = sys.argv[1:]
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    status = _work(entry, kind, Path(config_file), Path(folder))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)  # peers may be waiting in a collective: leave without the usual goodbye
+
+
+def _work(entry: str, kind: str, config_file: Path, folder: Path) -> int:
+    """Run the entry; what it returns, or how it failed, is left in the folder."""
     rank = os.environ.get("RANK", "0")
+    progress = None
+    if os.environ.get("LOCAL_RANK", rank) == "0":
+        progress = folder / "progress"
+        with (folder / STARTS).open("a") as starts:
+            starts.write(f"{progress.read_text() if progress.exists() else 0}\n")
+    open_log = partial(JournalLog, progress=progress)
     try:
-        config_type = _resolve(kind)
-        assert issubclass(config_type, Section)
-        config = config_type.model_validate_json(Path(config_file).read_text())
-        with worker_context() as context:
-            result = _resolve(entry)(config, context)
+        config = read_config(kind, config_file)
+        with worker_context(stopping=_stop_on_signals(), open_log=open_log) as context:
+            with peers_watched(context):
+                result = resolve(entry)(config, context)
             if context.is_main:
-                write_json(Path(folder) / "result.json", result)
+                write_json(folder / "result.json", result)
+    except StoppedError as error:
+        print(str(error), file=sys.stderr)
+        return STOPPED
     except PipelineError as error:
         report = {"kind": type(error).__name__, "message": str(error)}
-        write_json(Path(folder) / f"error-{rank}.json", report)
-        os._exit(1)  # peers may be waiting in a collective: leave without the usual goodbye
+        write_json(folder / f"error-{rank}.json", report)
+        return FINAL
+    except LostPeerError:
+        time.sleep(_LET_THE_OTHER_SPEAK_SECONDS)
+        return LOST_PEER
+    except FaultError as error:
+        write_json(folder / f"fault-{rank}.json", {"message": str(error)})
+        return FAULT
     except Exception as error:
-        if any(sign in str(error) for sign in _PEER_GONE):
-            os._exit(LOST_PEER)
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(3)
+        words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        write_json(folder / f"fault-{rank}.json", {"message": words})
+        return BUG
+    return 0
 
 
-def _resolve(name: str) -> Any:
+def read_config(kind: str, config_file: Path) -> Section:
+    """The configuration that a launcher wrote, of the class that it names."""
+    config_type = resolve(kind)
+    assert issubclass(config_type, Section)
+    config: Section = config_type.model_validate_json(config_file.read_text())
+    return config
+
+
+def resolve(name: str) -> Any:
+    """What `module:attribute` names."""
     module, _, attribute = name.partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
+def _stop_on_signals() -> Any:
+    """Take SIGTERM and Ctrl-C as a wish, which is granted behind the next step."""
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    return asked.is_set
+
+
 def _end_with_parent(parent: int) -> None:
-    """A worker whose driver was killed has nobody to work for."""
+    """A worker whose launcher was killed has nobody to work for."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    os._exit(4)
+    os._exit(ORPHAN)
 
 
 if __name__ == "__main__":

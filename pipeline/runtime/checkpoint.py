@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import safetensors.torch
 from torch import Tensor
 
-from pipeline.core.errors import ArtefactError, TrainingError
+from pipeline.core.errors import ArtefactError, StorageError
 from pipeline.core.files import new_folder, read_json, verify, write_json
 
 _KEPT = 2
@@ -32,24 +32,24 @@ def save_checkpoint(
     """Write `step-XXXXXXXX`: files, fsync, manifest, rename, fsync of the parent; keep two.
 
     Raises:
-        TrainingError: the disk refused; earlier checkpoints are as they were.
+        StorageError: the disk refused; earlier checkpoints are as they were.
     """
     target = folder / f"step-{step:08d}"
     if target.exists():
         return  # the same step of the same run holds the same bits: never overwrite
     try:
-        with new_folder(target, step=step) as building:
+        with new_folder(target, step=step, run=folder.name) as building:
             safetensors.torch.save_file(
                 {n: t.detach().cpu().clone() for n, t in tensors.items()},
                 building / _TENSORS,
             )
             write_json(building / _STATE, dict(state))
     except (OSError, safetensors.SafetensorError) as error:
-        raise TrainingError(
+        raise StorageError(
             f"cannot write the checkpoint {target}: {error}. Free some space or mend the "
             "disk, then run the same command again: it resumes from the last good checkpoint."
         ) from error
-    for old in _newest_first(folder)[_KEPT:]:
+    for old in checkpoint_folders(folder)[_KEPT:]:
         going = old.with_name(f".{old.name}.old")  # hidden in one step: never seen half removed
         old.rename(going)
         shutil.rmtree(going)
@@ -62,7 +62,7 @@ def tidy_checkpoints(folder: Path) -> None:
     """
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover)
-    for path in _newest_first(folder):
+    for path in checkpoint_folders(folder):
         try:
             _read(path)
         except ArtefactError as error:
@@ -77,8 +77,14 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     Raises:
         ArtefactError: it is damaged; `tidy_checkpoints` sets such ones aside.
     """
-    newest = _newest_first(folder)
+    newest = checkpoint_folders(folder)
     return _read(newest[0]) if newest else None
+
+
+def newest_step(folder: Path) -> int:
+    """Of the newest checkpoint; 0 where there is none."""
+    found = checkpoint_folders(folder)
+    return int(found[0].name.removeprefix("step-")) if found else 0
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -90,10 +96,13 @@ def _read(path: Path) -> Checkpoint:
     manifest = verify(path)
     if manifest.get("step") != int(path.name.removeprefix("step-")):
         raise ArtefactError(f"it holds step {manifest.get('step')}, not the one of its name")
+    if manifest.get("run") != path.parent.name:
+        raise ArtefactError(f"it is of another run, {manifest.get('run')}")
     if set(manifest["files"]) != {_TENSORS, _STATE}:
         raise ArtefactError("it does not hold a checkpoint's files")
     return Checkpoint(safetensors.torch.load_file(path / _TENSORS), read_json(path / _STATE))
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """All checkpoints of a run, the newest first; nothing of them is verified."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)

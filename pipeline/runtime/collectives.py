@@ -106,6 +106,20 @@ def gather_shares(values: Tensor, count: int, context: Context) -> Tensor:
     return everyone.to(values.device)
 
 
+def broadcast_bytes(content: bytes | None, source: int, context: Context) -> bytes:
+    """One worker's bytes, on every worker.
+
+    Args:
+        content: what to send; None on all but the source.
+    """
+    own = torch.tensor([len(content or b"")], device=context.device)
+    length = int(gather_shares(own, context.world_size, context)[source])
+    sent = torch.frombuffer(bytearray(content or bytes(length)), dtype=torch.uint8)
+    shared = sent if dist.get_backend() == "gloo" else sent.to(context.device)
+    dist.broadcast(shared, source)
+    return shared.cpu().numpy().tobytes()
+
+
 def barrier() -> None:
     """Wait until every worker is here."""
     if dist.is_initialized():

@@ -6,18 +6,27 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+from torch.distributed.rendezvous import rendezvous
 
 from pipeline.core.errors import ConfigError
+from pipeline.runtime.metric_log import JournalLog, MetricLog
+from pipeline.runtime.pulse import Pulse
 
-_TIMEOUT = timedelta(seconds=300)
+TIMEOUT_SECONDS = 60.0
+"""How long a collective waits for the slowest worker, unless METALOOM_TIMEOUT_SECONDS says else."""
+_MAIN_WORK_SECONDS = 1800.0
+_POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,53 @@ class Context:
     device: torch.device
     workers_per_device: int = 1
     """Of a GPU: how many workers share it."""
+    local_rank: int = 0
+    """Place among the workers of this host; the first one keeps the host's checkpoints."""
+    leads: bool | None = None
+    """Whether this is the main worker; None makes it the first."""
+    timeout_seconds: float = TIMEOUT_SECONDS
+    """How long a collective waits for the slowest worker."""
+    store: Store | None = field(default=None, repr=False, compare=False)
+    """Where the workers of a group leave each other short messages; None for one worker."""
+    pulse: Pulse | None = field(default=None, repr=False, compare=False)
+    stopping: Callable[[], bool] = field(default=lambda: False, repr=False, compare=False)
+    """Whether this worker was asked to stop: at the next step, behind a checkpoint."""
+    open_log: Callable[[Path | None], MetricLog] = field(
+        default=JournalLog, repr=False, compare=False
+    )
+    """Where metrics go: by default to a journal on this machine."""
 
     @property
     def is_main(self) -> bool:
         """Whether this worker writes files and shows progress."""
-        return self.rank == 0
+        return self.rank == 0 if self.leads is None else self.leads
+
+    def at_step(self, step: int) -> None:
+        """Note how far this worker is, for the others to see when they wait in vain."""
+        if self.pulse is not None:
+            self.pulse.step = step
+
+    def wait_for_main(self, what: str) -> None:
+        """Wait while the main worker does something alone that may last longer than a collective.
+
+        Every worker calls it, the main one when it has done; once per name and group.
+        """
+        if self.store is None:
+            return
+        if self.is_main:
+            self.store.set(f"done-{what}", "1")
+        self.store.wait([f"done-{what}"], timedelta(seconds=_MAIN_WORK_SECONDS))
+
+    def wait_for_all(self, what: str) -> None:
+        """Wait until every worker is here, longer than a collective would: before one that ends
+        work of some length, of which one worker may have more than another."""
+        if self.store is None:
+            return
+        key = f"all-{what}"
+        last = math.ceil(self.store.add(key, 1) / self.world_size) * self.world_size
+        deadline = time.monotonic() + _MAIN_WORK_SECONDS
+        while self.store.add(key, 0) < last and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
 
 
 SINGLE = Context(rank=0, world_size=1, device=torch.device("cpu"))
@@ -41,7 +92,11 @@ SINGLE = Context(rank=0, world_size=1, device=torch.device("cpu"))
 
 
 @contextmanager
-def worker_context() -> Iterator[Context]:
+def worker_context(
+    *,
+    stopping: Callable[[], bool] = lambda: False,
+    open_log: Callable[[Path | None], MetricLog] = JournalLog,
+) -> Iterator[Context]:
     """Join the group that the launcher's environment describes (RANK, WORLD_SIZE, ...).
 
     After an error the group is left as it is, and the process is expected to end.
@@ -57,23 +112,97 @@ def worker_context() -> Iterator[Context]:
             "Run `python -m stages.meta_train`."
         ) from None
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    main = os.environ.get("METALOOM_MAIN_HOST")
+    timeout = timeout_from_environment()
     device = _device()
     sharing = math.ceil(local_size / torch.cuda.device_count()) if device.type == "cuda" else 1
-    context = Context(rank, world_size, device, sharing)
     make_deterministic()
+    store = None
     if world_size > 1 or device.type == "cuda":
-        backend = backend_for(device, sharing)
-        dist.init_process_group(
-            backend,
-            init_method=os.environ.get("METALOOM_RENDEZVOUS", "env://"),
-            rank=rank,
-            world_size=world_size,
-            timeout=_TIMEOUT,
-            device_id=device if backend == "nccl" else None,
-        )
-    yield context
+        store = _join(rank, world_size, device, sharing, timeout)
+    pulse = Pulse(store, rank, world_size) if store is not None else None
+    yield Context(
+        rank,
+        world_size,
+        device,
+        sharing,
+        local_rank=local_rank,
+        leads=None if main is None else main == "1" and local_rank == 0,
+        timeout_seconds=timeout,
+        store=store,
+        pulse=pulse,
+        stopping=stopping,
+        open_log=open_log,
+    )
+    if pulse is not None:
+        pulse.close()
     if dist.is_initialized():  # not after an error: this may wait for a peer that waits for us
         dist.destroy_process_group()
+
+
+def joined_context(
+    *,
+    stopping: Callable[[], bool],
+    open_log: Callable[[Path | None], MetricLog],
+) -> Context:
+    """The context of a group that was made already, by a launcher that makes its own.
+
+    RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE describe it.
+    """
+    make_deterministic()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    local_size = int(os.environ["LOCAL_WORLD_SIZE"])
+    device = _device()
+    # Not public, and the only way to a store where somebody else made the group.
+    store = PrefixStore("metaloom", _get_default_store()) if world_size > 1 else None
+    return Context(
+        rank,
+        world_size,
+        device,
+        math.ceil(local_size / torch.cuda.device_count()) if device.type == "cuda" else 1,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        timeout_seconds=timeout_from_environment(),
+        store=store,
+        pulse=Pulse(store, rank, world_size) if store is not None else None,
+        stopping=stopping,
+        open_log=open_log,
+    )
+
+
+def _join(rank: int, world_size: int, device: torch.device, sharing: int, timeout: float) -> Store:
+    """Make the default group; returns the store by which its workers found each other."""
+    url = os.environ.get("METALOOM_INIT", "env://")
+    store, rank, world_size = next(rendezvous(url, rank, world_size))
+    backend = backend_for(device, sharing)
+    dist.init_process_group(
+        backend,
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=timeout),
+        device_id=device if backend == "nccl" else None,
+    )
+    return PrefixStore("metaloom", store)
+
+
+def timeout_from_environment() -> float:
+    """METALOOM_TIMEOUT_SECONDS, or a minute.
+
+    Raises:
+        ConfigError: it is no positive number.
+    """
+    value = os.environ.get("METALOOM_TIMEOUT_SECONDS", "")
+    try:
+        seconds = float(value) if value else TIMEOUT_SECONDS
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ConfigError(
+            f"METALOOM_TIMEOUT_SECONDS is {value!r}. Set it to a positive number of seconds, or "
+            f"unset it to wait {TIMEOUT_SECONDS:g} s for the slowest worker."
+        )
+    return seconds
 
 
 def backend_for(device: torch.device, workers_per_device: int) -> str:

@@ -26,12 +26,12 @@ class Bar(Protocol):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a command: a PipelineError ends it with its message and status 1, Ctrl-C with 130."""
+    """Run a command: a PipelineError ends it with its message and status, Ctrl-C with 130."""
     try:
         main()
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        raise SystemExit(error.status) from None
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -5,44 +5,45 @@ V values: all parameters as one vector. G groups, T items per group.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 
-import torch
 from annotated_types import Ge, Gt, Interval
 from pydantic import PositiveInt
-from torch import Tensor
 
 from pipeline.core.config import Section
-from pipeline.core.errors import TrainingError
+from pipeline.core.errors import StoppedError, TrainingError
 from pipeline.core.types import Params
 from pipeline.engine.learner import Learner
-from pipeline.runtime.checkpoint import load_checkpoint, save_checkpoint, tidy_checkpoints
-from pipeline.runtime.collectives import barrier, exact_sum, fast_sum, gather_shares, owned_groups
+from pipeline.runtime.agreement import check_agreement
+from pipeline.runtime.collectives import barrier, owned_groups
 from pipeline.runtime.context import Context
-from pipeline.runtime.journal import Journal
-from pipeline.runtime.logs import Bar, progress
+from pipeline.runtime.logs import Bar, progress, say
+from pipeline.runtime.metric_log import MetricLog
+from pipeline.runtime.resume import Keeper
 from pipeline.training.adam import adam_step
-from pipeline.training.feed import Feed
+from pipeline.training.incidents import NON_FINITE, SPIKE, Incident, Incidents, plain
 from pipeline.training.pace import Pace
 from pipeline.training.programs import Program
 from pipeline.training.schedules import warmup_cosine
 from pipeline.training.state import (
     Best,
+    Cell,
     TrainState,
     extend_history,
     extend_ledger,
-    flatten,
     fresh_state,
+    past_skipped,
     restored_state,
     rolled_back,
     unflatten,
 )
+from pipeline.training.steps import Step, take_step
+from pipeline.training.stragglers import Stragglers
 
 _SPIKE_WINDOW = 32
 
@@ -69,22 +70,19 @@ class OuterConfig(Section):
     checkpoint_every: PositiveInt = 20
     """Steps between checkpoints: the most that a killed run loses."""
     spike_factor: Annotated[float, Gt(1)] = 100.0
-    """A gradient this many times the median of the last 32 rolls back and skips the data."""
+    """A gradient this many times the median of the last 32 is a spike."""
+    on_spike: Literal["skip", "stop"] = "skip"
+    """skip: back to the last checkpoint, then on without the groups that did it. stop: the end."""
+    on_non_finite: Literal["skip", "stop"] = "stop"
+    """The same for a loss or gradient that is not a finite number."""
     max_rollbacks: Annotated[int, Ge(0)] = 3
-    """More spikes than this stop the run."""
+    """More of either stop the run."""
     reduction: Literal["exact", "fast"] = "exact"
     """exact: the same bits for every number of workers. fast: the backend's all-reduce."""
 
 
 Validate = Callable[[Learner, int], tuple[float, Learner]]
 """(learner, step) -> (accuracy, the learner with the statistics it was validated with)"""
-
-
-class _Step(NamedTuple):
-    gradient: Tensor
-    """[V] mean over all items"""
-    items: dict[str, Tensor]
-    """[G * T] per metric"""
 
 
 def optimise(
@@ -97,122 +95,124 @@ def optimise(
     checkpoints: Path,
     journal: Path | None,
     label: str,
+    incidents: Incidents | None = None,
 ) -> TrainState:
     """Train from `start`, or from the newest good checkpoint, to the end.
 
     Raises:
-        TrainingError: non-finite numbers, too many spikes, or a disk that refuses checkpoints.
+        TrainingError: non-finite numbers or too many spikes.
+        StorageError: a disk that refuses checkpoints.
+        StoppedError: a worker was asked to stop; all stopped behind a checkpoint of the same step.
+        DivergenceError: workers hold other parameters than each other, seen before a checkpoint
+            and before an incident is blamed on the data; to be started again.
     """
-    state = _resume(start, checkpoints, context)
-    snapshot = state
     per_step = program.num_groups * program.items_per_group
-    log = Journal(journal) if journal is not None and context.is_main else None
+    log = context.open_log(journal if context.is_main else None)
     feed = program.feed(owned_groups(program.num_groups, context))
-    with _show(label, program, config, state, context) as bar, feed:
-        pace = Pace(program.unit, lambda: feed.waited_seconds)
-        while state.progress.step < config.num_steps and state.progress.stopped is None:
-            params = unflatten(state.vector, start)
-            step = _gradient(program, feed, params, state.progress.position, config, context)
-            norm, means = _finite_numbers(step, program, state)
-            if _is_spike(norm, state, config):
-                bar.advance((snapshot.progress.step - state.progress.step) * per_step)
-                state = snapshot = rolled_back(snapshot, _check_rollbacks(state, norm, config))
-                continue
-            state = _update(state, step, norm, means, config)
-            rates = pace.count(per_step)
-            if _is_due(state, config, config.validate_every):
-                state = _validated(state, program, start, validate, config)
-                pace.restart()
-            if _is_due(state, config, config.checkpoint_every):
-                snapshot = state
-                if context.is_main:
-                    save_checkpoint(checkpoints, state.progress.step, *state.checkpoint())
-            _report(state, rates, log, bar, per_step)
+    stragglers = Stragglers(program.num_groups, context)
+    stopping = False
+    with Keeper(checkpoints, context) as keeper:
+        saved = keeper.resume()
+        state = fresh_state(start) if saved is None else restored_state(saved, context.device)
+        snapshot = state
+        with _show(label, program, config, state, context) as bar, feed:
+            pace = Pace(program.unit, lambda: feed.waited_seconds)
+            while state.progress.step < config.num_steps and state.progress.stopped is None:
+                context.at_step(state.progress.step)
+                state = past_skipped(state, program.num_groups)
+                params = unflatten(state.vector, start)
+                step = take_step(program, feed, params, state.progress, config.reduction, context)
+                if found := _incident(step, state, program, config):
+                    check_agreement(state.checkpoint()[0], state.progress.step, context)
+                    cells = _to_leave_out(found, state, config, incidents, context)
+                    bar.advance((snapshot.progress.step - state.progress.step) * per_step)
+                    state = snapshot = rolled_back(snapshot, cells)
+                    continue
+                state = _update(state, step, config)
+                rates = pace.count(per_step) | stragglers.look(step.seconds, step.waited)
+                if _is_due(state, config, config.validate_every):
+                    state = _validated(state, program, start, validate, config)
+                    pace.restart()
+                ends = step.stop or state.progress.stopped is not None
+                if ends or _is_due(state, config, config.checkpoint_every):
+                    snapshot = state
+                    stopping = _checkpointed(state, keeper, log, context) or step.stop
+                _report(state, rates, log, bar, per_step, context)
+                if stopping:
+                    break
     barrier()
-    if log is not None:
-        log.close()
+    log.close()
+    if stopping and state.progress.step < config.num_steps and state.progress.stopped is None:
+        raise StoppedError(f"stopped behind the checkpoint of step {state.progress.step}")
     return state
 
 
-def _resume(start: Params, checkpoints: Path, context: Context) -> TrainState:
-    if context.is_main:
-        tidy_checkpoints(checkpoints)
-    barrier()
-    saved = load_checkpoint(checkpoints)
-    return fresh_state(start) if saved is None else restored_state(saved, context.device)
+def _checkpointed(state: TrainState, keeper: Keeper, log: MetricLog, context: Context) -> bool:
+    """Keep a state that all workers agree on; True if their machines want them to stop."""
+    tensors, values = state.checkpoint()
+    check_agreement(tensors, state.progress.step, context)
+    keeper.save(state.progress.step, tensors, values)
+    return log.flush(state.progress.step)
 
 
-def _gradient(
-    program: Program,
-    feed: Feed[Any, Any],
-    params: Params,
-    position: int,
-    config: OuterConfig,
-    context: Context,
-) -> _Step:
-    """Mean gradient over all items of a meta-batch, on every worker, and every item's metrics."""
-    results = [program.gradient(params, feed.take(position, group)) for group in feed.groups]
-    parts = [flatten(r.gradient) for r in results]
-    if config.reduction == "exact":
-        total = exact_sum(parts, program.num_groups, context)
-    else:
-        total = fast_sum(parts)
-    names = sorted(results[0].metrics)
-    own = torch.stack([torch.stack([r.metrics[n].float() for n in names]) for r in results])
-    everyone = gather_shares(own, program.num_groups, context)  # [G, metrics, T]
-    items = {n: everyone[:, i].flatten() for i, n in enumerate(names)}
-    return _Step(total / (program.num_groups * program.items_per_group), items)
-
-
-def _finite_numbers(
-    step: _Step, program: Program, state: TrainState
-) -> tuple[float, dict[str, float]]:
-    """The gradient's norm and each metric's mean; the only time in a step that a device is awaited.
-
-    Every worker sees the same numbers, so all stop or none does.
-
-    Raises:
-        TrainingError: a loss or the gradient is not finite; names the step and the items.
-    """
-    finite = torch.isfinite(step.items["loss"])
-    numbers = [
-        step.gradient.norm(),
-        finite.all(),
-        *(v.double().mean() for v in step.items.values()),
-    ]
-    norm, good, *means = torch.stack([number.double() for number in numbers]).tolist()
-    if math.isfinite(norm) and good:
-        return norm, dict(zip(step.items, means, strict=True))
-    bad = (~finite).nonzero().flatten().tolist()
+def _incident(
+    step: Step, state: TrainState, program: Program, config: OuterConfig
+) -> Incident | None:
+    """What keeps a step from going into the weights; the same on every worker."""
     at = state.progress
+    kind, groups = NON_FINITE, step.bad_groups()
+    if not groups:
+        recent = at.norms
+        limit = config.spike_factor * statistics.median(recent) if recent else 0.0
+        if len(recent) < _SPIKE_WINDOW or step.norm <= limit:
+            return None
+        # No mean is longer than its longest part, so there is one; but for rounding, at the limit.
+        own = step.norms
+        kind, groups = SPIKE, [g for g, n in enumerate(own) if n > limit] or [own.index(max(own))]
     first = at.position * program.num_groups * program.items_per_group
-    which = ", ".join(str(first + i) for i in bad[:8]) or "none: only the gradient is not finite"
-    raise TrainingError(
-        f"non-finite numbers at step {at.step} (meta-batch {at.position}), {program.unit}: "
-        f"{which}. No update was made and the last checkpoint is good. Look at "
-        "these examples, or lower outer.lr (or the inner learning rate)."
+    size = program.items_per_group
+    return Incident(
+        kind=kind,
+        step=at.step,
+        position=at.position,
+        groups=groups,
+        items=[first + g * size + i for g in groups for i in range(size)],
+        losses=[[plain(loss) for loss in step.losses[g]] for g in groups],
+        norms=[plain(step.norms[g]) for g in groups],
+        norm=plain(step.norm),
+        unit=program.unit,
     )
 
 
-def _is_spike(norm: float, state: TrainState, config: OuterConfig) -> bool:
-    recent = state.progress.norms
-    full = len(recent) == _SPIKE_WINDOW
-    return full and norm > config.spike_factor * statistics.median(recent)
+def _to_leave_out(
+    found: Incident,
+    state: TrainState,
+    config: OuterConfig,
+    incidents: Incidents | None,
+    context: Context,
+) -> list[Cell]:
+    """The groups to go on without, from now on.
 
-
-def _check_rollbacks(state: TrainState, norm: float, config: OuterConfig) -> TrainState:
-    if state.progress.rollbacks >= config.max_rollbacks:
+    Raises:
+        TrainingError: the configuration says to stop, or it has happened too often.
+    """
+    if incidents is not None:
+        found = incidents.keep(found, state.vector, context)
+    policy = config.on_spike if found.kind == SPIKE else config.on_non_finite
+    rollbacks = state.progress.rollbacks
+    if policy == "stop" or rollbacks >= config.max_rollbacks:
+        often = f", after {rollbacks} rollbacks" if rollbacks else ""
         raise TrainingError(
-            f"the gradient spiked to {norm:.3g} at step {state.progress.step}, after "
-            f"{config.max_rollbacks} rollbacks. Lower outer.lr, or look at the data of meta-batch "
-            f"{state.progress.position}."
+            f"{found.sentence()}{often}. No update was made and the last checkpoint is good. Look "
+            "at these examples, lower outer.lr (or the inner learning rate), or go on without them "
+            f"(outer.{found.setting}: skip).{found.replay()}"
         )
-    return state
+    if context.is_main:
+        say("left out", why=f"{found.sentence()}.{found.replay()}")
+    return [(found.position, group) for group in found.groups]
 
 
-def _update(
-    state: TrainState, step: _Step, norm: float, means: dict[str, float], config: OuterConfig
-) -> TrainState:
+def _update(state: TrainState, step: Step, config: OuterConfig) -> TrainState:
     at = state.progress
     lr = warmup_cosine(
         at.step,
@@ -221,7 +221,7 @@ def _update(
         warmup=config.warmup_steps,
         final=config.final_lr,
     )
-    clipped = step.gradient * min(1.0, config.max_gradient_norm / max(norm, 1e-12))
+    clipped = step.gradient * min(1.0, config.max_gradient_norm / max(step.norm, 1e-12))
     vector, moments = adam_step(
         state.vector,
         clipped,
@@ -230,14 +230,14 @@ def _update(
         lr=lr,
         weight_decay=config.weight_decay,
     )
-    entry = {"step": at.step + 1, **means, "lr": lr, "gradient_norm": norm}
+    entry = {"step": at.step + 1, **step.means, "lr": lr, "gradient_norm": step.norm}
     progressed = replace(
         at,
         step=at.step + 1,
         position=at.position + 1,
         history=extend_history(at.history, entry, stride=max(1, config.num_steps // 1000)),
         ledger=extend_ledger(at.ledger, at.position),
-        norms=[*at.norms, norm][-_SPIKE_WINDOW:],
+        norms=[*at.norms, step.norm][-_SPIKE_WINDOW:],
     )
     return replace(state, vector=vector, moments=moments, progress=progressed)
 
@@ -267,10 +267,15 @@ def _validated(
 
 
 def _report(
-    state: TrainState, rates: dict[str, float], log: Journal | None, bar: Bar, per_step: int
+    state: TrainState,
+    rates: dict[str, float],
+    log: MetricLog,
+    bar: Bar,
+    per_step: int,
+    context: Context,
 ) -> None:
     entry = state.progress.history[-1]
-    if log is not None:
+    if context.is_main:
         log.write(entry["step"], {n: float(v) for n, v in entry.items() if n != "step"} | rates)
     bar.note(loss=entry["loss"], data_wait=f"{rates['data_wait_fraction']:.1%}")
     if "val_accuracy" in entry:

@@ -13,19 +13,23 @@ from pipeline.algorithms.table import AlgorithmConfig
 from pipeline.backbones.table import build_model, init_params
 from pipeline.core.config import Section
 from pipeline.core.files import read_json
+from pipeline.core.types import Params
 from pipeline.engine.choice import EngineConfig, choose_engine, example_group
 from pipeline.engine.learner import Learner, load_learner
 from pipeline.engine.meta_gradient import Engine
 from pipeline.engine.runner import Runner
 from pipeline.launch.table import launch
-from pipeline.runtime.checkpoint import clear_checkpoints
+from pipeline.runtime.agreement import check_same_inputs
 from pipeline.runtime.context import Context
+from pipeline.runtime.lineage import content_hash
+from pipeline.runtime.mirror import clear_everywhere
 from pipeline.store.reader import Store, open_store
 from pipeline.tasks.frozen import read_episodes
 from pipeline.tasks.plan import TrainingStream, read_training_stream
 from pipeline.tasks.stream import TrainStream, train_stream
 from pipeline.training.artefact import best_of, leave_learner, run_folder
 from pipeline.training.augment import AugmentConfig
+from pipeline.training.incidents import Incidents
 from pipeline.training.loop import OuterConfig, Validate, optimise
 from pipeline.training.programs import MetaTraining
 from pipeline.training.state import Best, TrainState, fresh_state, unflatten
@@ -61,6 +65,8 @@ class MetaTrainJob(Section):
     journal: Path
     choices: Path = Path(".metaloom/engine.json")
     """Which strategy was the fastest on this machine, by shape of task."""
+    incidents: Path = Path(".metaloom/incidents")
+    """Where steps that a guard refused are kept for `metaloom replay`."""
 
 
 def choose_candidate(folder: Path, candidates: list[str]) -> str:
@@ -92,36 +98,60 @@ def meta_train(
         journal=journal,
     )
     metrics: dict[str, Any] = launch(
-        "pipeline.training.meta_train:run", job, most=config.num_groups
+        "pipeline.training.meta_train:run", job, most=config.num_groups, outputs=[target]
     )
-    clear_checkpoints(checkpoints)
+    clear_everywhere(checkpoints)
     return metrics
 
 
-def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
-    """What every worker does."""
+def program(
+    job: MetaTrainJob, context: Context, engine: Engine | None = None
+) -> tuple[MetaTraining, Params]:
+    """What a run optimises, and the parameters that it starts from.
+
+    Args:
+        engine: of an earlier run, to compute what it computed; None chooses one.
+    """
     store = open_store(job.store)
     job.config.augment.check_fits(store.image_shape, where="meta_train.augment")
     stream = read_training_stream(job.tasks)
     template = _template(job, context)
-    engine = _engine(job, template, store, stream, context)
+    runner = Runner(engine or _engine(job, template, store, stream, context))
     source = _stream(job.config, store, stream)
-    program = MetaTraining(template, store, source, context, Runner(engine), job.config.augment)
+    made = MetaTraining(template, store, source, context, runner, job.config.augment)
+    return made, template.params
+
+
+def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
+    """What every worker does."""
+    training, start = program(job, context)
+    template, store, engine = training.template, training.store, training.runner.engine
+    inputs = {"tasks": job.tasks, "pretrained": job.pretrained}
+    digests = {name: content_hash(path) or "none" for name, path in inputs.items()}
+    check_same_inputs({"store": store.digest, **digests}, context)
     validate = validator(store, read_episodes(job.tasks, "val"), context)
     if template.algorithm.trainable:
         state = optimise(
-            program,
-            template.params,
+            training,
+            start,
             job.config.outer,
             validate,
             context,
             checkpoints=job.checkpoints,
             journal=job.journal,
             label=f"meta-train {template.name}",
+            incidents=Incidents(
+                job.incidents / job.checkpoints.name,
+                __name__,
+                job,
+                ("store", "tasks", "pretrained"),
+                training.runner,
+            ),
         )
     else:
         state = _validated_as_it_is(template, validate)
-    learner = program.learner(unflatten(best_of(state).vector, template.params))
+    learner = training.learner(unflatten(best_of(state).vector, start))
+    stream = TrainingStream(seed=training.stream.seed, episodes=training.stream.spec)
     origin = {
         "stage": "meta_train",
         "pretrained": job.pretrained.name,

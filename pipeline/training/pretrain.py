@@ -14,14 +14,18 @@ from pipeline.backbones.resnet12 import ResNet12Config
 from pipeline.backbones.table import BackboneSpec, build_model, init_params
 from pipeline.core.config import Section
 from pipeline.core.errors import ConfigError
+from pipeline.core.types import Params
 from pipeline.engine.learner import Learner, Preprocessing
 from pipeline.launch.table import launch
-from pipeline.runtime.checkpoint import clear_checkpoints
+from pipeline.runtime.agreement import check_same_inputs
 from pipeline.runtime.context import Context
+from pipeline.runtime.lineage import content_hash
+from pipeline.runtime.mirror import clear_everywhere
 from pipeline.store.reader import Store, open_store
 from pipeline.tasks.frozen import read_episodes
 from pipeline.training.artefact import best_of, leave_learner, run_folder
 from pipeline.training.augment import AugmentConfig
+from pipeline.training.incidents import Incidents
 from pipeline.training.loop import OuterConfig, optimise
 from pipeline.training.programs import Supervised
 from pipeline.training.state import unflatten
@@ -69,6 +73,8 @@ class PretrainJob(Section):
     target: Path
     checkpoints: Path
     journal: Path
+    incidents: Path = Path(".metaloom/incidents")
+    """Where steps that a guard refused are kept for `metaloom replay`."""
 
 
 def pretrain(
@@ -86,19 +92,21 @@ def pretrain(
         checkpoints=checkpoints,
         journal=journal,
     )
-    metrics: dict[str, Any] = launch("pipeline.training.pretrain:run", job, most=config.num_groups)
-    clear_checkpoints(checkpoints)
+    metrics: dict[str, Any] = launch(
+        "pipeline.training.pretrain:run", job, most=config.num_groups, outputs=[target]
+    )
+    clear_everywhere(checkpoints)
     return metrics
 
 
-def run(job: PretrainJob, context: Context) -> dict[str, Any]:
-    """What every worker does."""
+def program(job: PretrainJob, context: Context, engine: None = None) -> tuple[Supervised, Params]:
+    """What a run optimises, and the parameters that it starts from; no engine is to be chosen."""
     store = open_store(job.store)
     config = job.config
     config.augment.check_fits(store.image_shape, where="pretrain.augment")
     spec = config.backbone(job.candidate, store.image_shape)
     template = initial_learner(spec, store, config.seed, context)
-    program = Supervised(
+    made = Supervised(
         template,
         store,
         config.seed,
@@ -107,25 +115,35 @@ def run(job: PretrainJob, context: Context) -> dict[str, Any]:
         context,
         config.augment,
     )
-    head = {n: p.to(context.device) for n, p in program.init_head().items()}
-    start = {**template.params, **head}
-    validate = validator(store, read_episodes(job.tasks, "val"), context)
+    head = {n: p.to(context.device) for n, p in made.init_head().items()}
+    return made, {**template.params, **head}
+
+
+def run(job: PretrainJob, context: Context) -> dict[str, Any]:
+    """What every worker does."""
+    training, start = program(job, context)
+    store = training.store
+    tasks_digest = content_hash(job.tasks) or "none"
+    check_same_inputs({"store": store.digest, "tasks": tasks_digest}, context)
     state = optimise(
-        program,
+        training,
         start,
-        config.outer,
-        validate,
+        job.config.outer,
+        validator(store, read_episodes(job.tasks, "val"), context),
         context,
         checkpoints=job.checkpoints,
         journal=job.journal,
         label=f"pretrain {job.candidate}",
+        incidents=Incidents(
+            job.incidents / job.checkpoints.name, __name__, job, ("store", "tasks")
+        ),
     )
-    learner = program.learner(unflatten(best_of(state).vector, start))
+    learner = training.learner(unflatten(best_of(state).vector, start))
     origin = {
         "stage": "pretrain",
         "candidate": job.candidate,
         "store_digest": store.digest,
-        "augment": config.augment.model_dump(mode="json"),
+        "augment": job.config.augment.model_dump(mode="json"),
     }
     return leave_learner(job.target, learner, state, origin, context)
 

@@ -56,6 +56,12 @@ class Program(Protocol):
     def learner(self, params: Params) -> Learner:
         """The learner to validate: of these parameters."""
 
+    def describe(self, position: int, group: int) -> list[dict[str, Any]]:
+        """What the items of a group are: `index`, `seed`, names of `classes`, and more; pure."""
+
+    def alone(self, params: Params, batch: Any) -> list[Params]:
+        """The gradient of each item of a batch by itself."""
+
 
 @dataclass(frozen=True)
 class MetaTraining:
@@ -99,6 +105,24 @@ class MetaTraining:
     def learner(self, params: Params) -> Learner:
         """The template with these parameters."""
         return with_params(self.template, params)
+
+    def describe(self, position: int, group: int) -> list[dict[str, Any]]:
+        """Each task's place in the stream, shape and classes."""
+        ways, shots = self.stream.shape(position, group)
+        shape = {"seed": self.stream.seed, "ways": ways, "shots": shots}
+        known = self.store.classes
+        return [
+            {"index": int(index), **shape, "classes": [known[c].name for c in ids.tolist()]}
+            for index, ids in zip(
+                self.stream.indices(position, group),
+                self.stream.group(position, group).classes,
+                strict=True,
+            )
+        ]
+
+    def alone(self, params: Params, batch: list[Task]) -> list[Params]:
+        """Each task's meta-gradient."""
+        return [dict(self.gradient(params, [task]).gradient) for task in batch]
 
 
 @dataclass(frozen=True)
@@ -145,28 +169,56 @@ class Supervised:
 
     def gradient(self, params: Params, batch: Examples) -> GroupGradient:
         """Sum over the examples of the gradient of their cross-entropy."""
-        inputs, labels = batch
         leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
-        model = self.template.model.with_statistics(None)
-        features, _ = model.features(leaves, inputs)
-        logits = F.linear(features, leaves["classifier.weight"], leaves["classifier.bias"])
-        losses = F.cross_entropy(logits, labels, reduction="none")
+        losses, logits = self._losses(leaves, batch)
         gradient = torch.autograd.grad(losses.sum(), list(leaves.values()))
-        right = (logits.argmax(-1) == labels).float()
+        right = (logits.argmax(-1) == batch.labels).float()
         metrics = {"loss": losses.detach(), "accuracy": right}
         return GroupGradient(dict(zip(leaves, gradient, strict=True)), metrics)
+
+    def _losses(self, leaves: Params, batch: Examples) -> tuple[Tensor, Tensor]:
+        """Cross-entropies [T] and logits [T, classes]."""
+        model = self.template.model.with_statistics(None)
+        features, _ = model.features(leaves, batch.inputs)
+        logits = F.linear(features, leaves["classifier.weight"], leaves["classifier.bias"])
+        return F.cross_entropy(logits, batch.labels, reduction="none"), logits
 
     def learner(self, params: Params) -> Learner:
         """The template with the backbone's parameters; the linear head is left out."""
         kept = {n: p for n, p in params.items() if n.startswith(BACKBONE)}
         return with_params(self.template, kept)
 
+    def describe(self, position: int, group: int) -> list[dict[str, Any]]:
+        """Each example's place in the stream, class and name."""
+        table = class_table(self.store, "train", min_examples=0)
+        ((rows, labels, _),) = self._draw(table, [(position, group)])
+        (indices,) = self._indices([(position, group)])
+        found = zip(
+            indices.tolist(), table.ids[labels].tolist(), self.store.names(rows), strict=True
+        )
+        return [
+            {"index": i, "seed": self.seed, "classes": [self.store.classes[c].name], "example": n}
+            for i, c, n in found
+        ]
+
+    def alone(self, params: Params, batch: Examples) -> list[Params]:
+        """The gradient of each example's cross-entropy, under the batch norm of the whole group."""
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        losses, _ = self._losses(leaves, batch)
+        inputs = list(leaves.values())
+        each = (torch.autograd.grad(loss, inputs, retain_graph=True) for loss in losses)
+        return [dict(zip(leaves, gradient, strict=True)) for gradient in each]
+
+    def _indices(self, keys: Sequence[Key]) -> Ints:
+        """[groups, T]: places in the stream of some groups' examples."""
+        groups = np.array([position * self.num_groups + group for position, group in keys])
+        return groups[:, None] * self.items_per_group + np.arange(self.items_per_group)
+
     def _draw(
         self, table: ClassTable, keys: Sequence[Key]
     ) -> Iterator[tuple[Ints, Ints, Tensor | None]]:
         """Rows and labels [T] of some groups, a class, then one of its examples; and its moves."""
-        groups = np.array([position * self.num_groups + group for position, group in keys])
-        indices = groups[:, None] * self.items_per_group + np.arange(self.items_per_group)
+        indices = self._indices(keys)
         words = random_words(self.seed, _SUPERVISED_STREAM, indices, 2)
         num_classes, counts = np.uint64(len(table.ids)), table.counts.astype(np.uint64)
         label = ((words[..., 0] * num_classes) >> np.uint64(32)).astype(np.int64)

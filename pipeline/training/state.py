@@ -5,6 +5,7 @@ V values: all parameters as one vector, in sorted order of their names.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,6 +15,9 @@ from torch import Tensor
 from pipeline.core.types import Params, Statistics
 from pipeline.runtime.checkpoint import Checkpoint
 from pipeline.training.adam import Moments, zero_moments
+
+Cell = tuple[int, int]
+"""(position of the meta-batch, group)"""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Progress:
     step: int = 0
     """Outer updates done."""
     position: int = 0
-    """Next meta-batch of the stream; ahead of `step` by the meta-batches that were skipped."""
+    """Next meta-batch of the stream; ahead of `step` by those of which nothing was left."""
     rollbacks: int = 0
     stopped: str | None = None
     """Why training ended before its last step."""
@@ -43,9 +47,13 @@ class Progress:
     ledger: list[list[int]] = field(default_factory=list)
     """[first, last + 1] of meta-batches in the order in which they went into the weights"""
     skipped: list[list[int]] = field(default_factory=list)
-    """[first, last + 1] of meta-batches that the spike guard passed over"""
+    """[position, group] of every group that a guard leaves out"""
     norms: list[float] = field(default_factory=list)
     """The latest gradient norms, by which a spike is told"""
+
+    def skipped_cells(self) -> set[Cell]:
+        """The groups that are left out."""
+        return {(position, group) for position, group in self.skipped}
 
 
 @dataclass(frozen=True)
@@ -91,16 +99,23 @@ def restored_state(saved: Checkpoint, device: torch.device) -> TrainState:
     return TrainState(tensors["vector"], moments, Progress(**saved.state["progress"]), best)
 
 
-def rolled_back(snapshot: TrainState, spiked: TrainState) -> TrainState:
-    """The snapshot, going on behind the meta-batch that spiked."""
-    first, last = snapshot.progress.position, spiked.progress.position
+def rolled_back(snapshot: TrainState, cells: Sequence[Cell]) -> TrainState:
+    """The snapshot, to go on from there without some more groups (position, group)."""
     progress = replace(
         snapshot.progress,
-        position=last + 1,
         rollbacks=snapshot.progress.rollbacks + 1,
-        skipped=[*snapshot.progress.skipped, [first, last + 1]],
+        skipped=[*snapshot.progress.skipped, *(list(cell) for cell in cells)],
     )
     return replace(snapshot, progress=progress)
+
+
+def past_skipped(state: TrainState, num_groups: int) -> TrainState:
+    """The state at the next meta-batch of which any group is left."""
+    at, skipped = state.progress, state.progress.skipped_cells()
+    position = at.position
+    while all((position, group) in skipped for group in range(num_groups)):
+        position += 1
+    return replace(state, progress=replace(at, position=position))
 
 
 def flatten(params: Params) -> Tensor:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
@@ -14,23 +10,52 @@ import pytest
 
 from pipeline.core.errors import ConfigError, DataError, TrainingError
 from pipeline.launch.base import Job, Launcher, num_workers_from_environment
-from pipeline.launch.local import launch_local
 from pipeline.launch.table import LAUNCHERS, launch
+from pipeline.runtime.context import SINGLE
+from pipeline.store.reader import Store
+from pipeline.training.meta_train import run as run_meta_training
+from tests.contract.drive import drive, start
 from tests.distributed.entries import Plan
+from tests.distributed.small_run import digest, make_job
 
-CONTRACT: list[tuple[str, Launcher]] = [("local", launch_local)]
-every = pytest.mark.parametrize(("name", "launcher"), CONTRACT)
+CONTRACT = ["local", "torchrun", pytest.param("ray_train", marks=pytest.mark.cluster)]
+every = pytest.mark.parametrize("name", CONTRACT)
 ENTRIES = "tests.distributed.entries"
 
 
+@pytest.fixture
+def launcher(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Launcher:
+    """A launcher; Ray's in a process of its own, since Ray reads its token once, on import."""
+    if name != "ray_train":
+        return LAUNCHERS[name]
+    environment = request.getfixturevalue("ray_cluster").environment
+    return lambda job, folder: drive(name, job, folder, environment)
+
+
 def test_the_battery_is_complete() -> None:
-    assert dict(CONTRACT) == dict(LAUNCHERS)
+    names = [row if isinstance(row, str) else row.values[0] for row in CONTRACT]
+    assert names == ["local", "torchrun", "ray_train"]
+    assert set(names) == set(LAUNCHERS)
+
+
+@every
+@pytest.mark.parametrize("num_workers", [1, 2, 3])
+def test_every_launcher_ends_with_the_same_bits(
+    launcher: Launcher, num_workers: int, blob_store: Store, blob_tasks: Path, tmp_path: Path
+) -> None:
+    """As a plain function call in this process, without any launcher."""
+    plain = make_job(tmp_path / "plain", blob_store, blob_tasks, num_steps=12)
+    metrics = run_meta_training(plain, SINGLE)
+    job = make_job(tmp_path / "launched", blob_store, blob_tasks, num_steps=12)
+    entry = "pipeline.training.meta_train:run"
+    assert launcher(Job(entry, job, num_workers), tmp_path / "launch") == metrics
+    assert digest(job) == digest(plain)
 
 
 @every
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_every_worker_runs_the_entry_with_one_thread(
-    name: str, launcher: Launcher, num_workers: int, tmp_path: Path
+    launcher: Launcher, num_workers: int, tmp_path: Path
 ) -> None:
     job = Job(f"{ENTRIES}:identify", Plan(rank=0, what=""), num_workers)
     workers = launcher(job, tmp_path)
@@ -58,36 +83,30 @@ def test_a_failure_names_its_worker_and_stops_the_others(
     expected: str,
     tmp_path: Path,
 ) -> None:
+    if name == "ray_train" and kind is TrainingError:
+        expected = "Ray Train gave the run up"
     job = Job(f"{ENTRIES}:misbehave", Plan(rank=rank, what=what), 2)
     with pytest.raises(kind, match=expected):
         launcher(job, tmp_path)
 
 
-DRIVER = textwrap.dedent(
-    """
-    import sys
-    from pathlib import Path
-    from pipeline.launch.base import Job
-    from pipeline.launch.table import LAUNCHERS
-    from tests.distributed.entries import Plan
-    job = Job("tests.distributed.entries:hang_forever", Plan(rank=0, what=sys.argv[2]), 2)
-    LAUNCHERS[sys.argv[1]](job, Path(sys.argv[2]) / "job")
-    """
-)
-
-
 @every
 def test_workers_do_not_outlive_a_killed_driver(
-    name: str, launcher: Launcher, tmp_path: Path
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    with subprocess.Popen([sys.executable, "-c", DRIVER, name, str(tmp_path)]) as driver:
-        deadline = time.monotonic() + 60
-        while len(pids := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert len(pids) == 2
-        driver.send_signal(signal.SIGKILL)
+    environment = {}
+    if name == "ray_train":
+        environment = request.getfixturevalue("ray_cluster").environment
+    job = Job(f"{ENTRIES}:hang_forever", Plan(rank=0, what=str(tmp_path)), 2)
+    driver = start(name, job, tmp_path / "job", environment)
+    deadline = time.monotonic() + 60
+    while len(pids := list(tmp_path.glob("*.pid"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(pids) == 2, (tmp_path / "job" / "drive.log").read_text()
+    driver.kill()
+    driver.wait()
     workers = [int(p.read_text()) for p in pids]
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while any(map(_alive, workers)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(_alive, workers))
@@ -113,7 +132,7 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         launch(f"{ENTRIES}:identify", Plan(rank=0, what=""), most=8)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5", "4:2", "2:", ":3", "1:2:3"])
 def test_a_wrong_number_of_workers_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METALOOM_NUM_WORKERS", value)
     with pytest.raises(ConfigError, match="METALOOM_NUM_WORKERS"):
@@ -124,6 +143,8 @@ def test_the_default_leaves_no_worker_without_work(monkeypatch: pytest.MonkeyPat
     """On a machine with more cores than groups; a number that was asked for is not touched."""
     monkeypatch.delenv("METALOOM_NUM_WORKERS", raising=False)
     monkeypatch.setattr("pipeline.launch.base.default_num_workers", lambda: 64)
-    assert num_workers_from_environment(8) == 8
+    assert num_workers_from_environment(8) == (None, 8)
     monkeypatch.setenv("METALOOM_NUM_WORKERS", "64")
-    assert num_workers_from_environment(8) == 64
+    assert num_workers_from_environment(8) == (None, 64)
+    monkeypatch.setenv("METALOOM_NUM_WORKERS", "2:4")
+    assert num_workers_from_environment(8) == (2, 4)

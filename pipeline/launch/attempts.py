@@ -1,0 +1,35 @@
+"""How often the workers of a run may be started again: without end while the run gets on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.core.errors import TrainingError
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """Starts in a row that found the same checkpoint."""
+
+    progress: int = -1
+    """Step of the checkpoint that the latest start found; 0 when there was none."""
+    count: int = 0
+    """Starts since then, that one included"""
+
+    def begin(self, progress: int) -> Attempts:
+        """One more start, at this checkpoint."""
+        same = progress == self.progress
+        return Attempts(progress, self.count + 1 if same else 1)
+
+    def check(self, max_restarts: int, cause: str) -> None:
+        """Refuse the start when those before it came to nothing.
+
+        Raises:
+            TrainingError: the run has been started again `max_restarts` times from one checkpoint.
+        """
+        if self.count <= max_restarts + 1:
+            return
+        tried = f" ({self.count - 1} starts from step {self.progress})" if max_restarts else ""
+        raise TrainingError(
+            f"{cause} Run the same command again: it resumes from the last checkpoint{tried}."
+        )

@@ -1,0 +1,247 @@
+"""Workers as actors of a Ray cluster, under Ray Train.
+
+Ray places the workers and starts them again when one, or its node, is gone. What a run goes on from
+is decided by our own checkpoints, never by Ray's snapshot.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.core import errors
+from pipeline.core.errors import ConfigError, MachineError, StoppedError, TrainingError
+from pipeline.launch.attempts import Attempts
+from pipeline.launch.base import Job
+from pipeline.launch.local import WORKER_ENVIRONMENT, prepare, stop_asked
+from pipeline.runtime.context import timeout_from_environment
+from pipeline.runtime.mirror import storage_from_environment
+
+_POLL_SECONDS = 0.25
+_TOKEN = "driver"
+_PASSED_ON = ("AWS_", "METALOOM_", "CUBLAS_")
+
+
+def launch_ray_train(job: Job, folder: Path) -> Any:
+    """Run the job as a Ray Train run on the cluster of RAY_ADDRESS, or on one of this machine.
+
+    METALOOM_NODE_LABELS (`key=value,...`) says on which nodes; METALOOM_STORAGE (s3://bucket/path)
+    is needed where the nodes do not share this machine's folder.
+
+    Raises:
+        PipelineError: a worker's own; or too many starts came to nothing.
+        MachineError: Ray is not installed, or there is no such cluster.
+        StoppedError: this process was asked to stop, and the workers did.
+    """
+    prepare(job, folder)
+    (folder / _TOKEN).touch()
+    with _cluster() as ray, stop_asked() as asked:
+        desk = ray.remote(num_cpus=0)(_Desk).remote(job.max_restarts)
+        failure: list[Exception] = []
+        fit = threading.Thread(target=_fit, args=(job, folder, desk, failure), daemon=True)
+        fit.start()
+        stopping = False
+        while fit.is_alive():
+            fit.join(_POLL_SECONDS)
+            if asked() and not stopping:
+                stopping = True
+                desk.stop.remote()
+            _raise_what_is_told(ray.get(desk.error.remote()))
+        _raise_what_is_told(ray.get(desk.error.remote()))
+        done, progress = ray.get(desk.result.remote()), ray.get(desk.progress.remote())
+    if done is None and stopping:
+        raise StoppedError(
+            f"stopped behind the checkpoint of step {progress}, as asked. Run the same command "
+            "again to go on."
+        )
+    if done is None:
+        cause = str(failure[0]).strip().splitlines()[-1][:300] if failure else "it said nothing"
+        raise TrainingError(
+            f"Ray Train gave the run up: {cause}. Run the same command again: it resumes from the "
+            "last checkpoint."
+        )
+    _bring_home(job, done["stored"])
+    return done["result"]
+
+
+class _Desk:
+    """An actor beside the driver: what the workers and the driver tell each other."""
+
+    def __init__(self, max_restarts: int) -> None:
+        self._max_restarts = max_restarts
+        self._attempts, self._cause = Attempts(), "the workers ended."
+        self._progress = 0
+        self._error: dict[str, str] | None = None
+        self._result: dict[str, Any] | None = None
+        self._stop = False
+
+    def begin(self) -> None:
+        """The workers start."""
+        self._attempts = self._attempts.begin(self._progress)
+        try:
+            self._attempts.check(self._max_restarts, self._cause)
+        except TrainingError as error:
+            self.fail(type(error).__name__, str(error))
+
+    def reach(self, step: int) -> None:
+        """There is a checkpoint of this step."""
+        self._progress = step
+
+    def fault(self, message: str) -> None:
+        """Why the workers have to be started again."""
+        self._cause = message
+
+    def fail(self, kind: str, message: str) -> None:
+        """An error that no new start would mend."""
+        self._error = self._error or {"kind": kind, "message": message}
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """The run has ended well."""
+        self._result = result
+
+    def stop(self) -> None:
+        """The driver was asked to stop."""
+        self._stop = True
+
+    def stopping(self) -> bool:
+        """Whether the workers have to stop."""
+        return self._stop
+
+    def error(self) -> dict[str, str] | None:
+        """What was failed with."""
+        return self._error
+
+    def result(self) -> dict[str, Any] | None:
+        """What it finished with."""
+        return self._result
+
+    def progress(self) -> int:
+        """Step of the last checkpoint."""
+        return self._progress
+
+
+def _fit(job: Job, folder: Path, desk: Any, failure: list[Exception]) -> None:
+    """Run the trainer to its end; what it raises is kept for the thread that waits."""
+    try:
+        _trainer(job, folder, desk).fit()
+    except Exception as error:
+        failure.append(error)
+
+
+def _trainer(job: Job, folder: Path, desk: Any) -> Any:
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipeline.launch.ray_worker import JournalCallback, work
+
+    kind = type(job.config)
+    has_gpus = ray.cluster_resources().get("GPU", 0) > 0
+    storage = storage_from_environment()
+    number = job.num_workers
+    environment = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
+    if ray.util.get_node_ip_address().startswith("127."):
+        environment["GLOO_SOCKET_IFNAME"] = "lo"
+    loop = {
+        "entry": job.entry,
+        "kind": f"{kind.__module__}:{kind.__qualname__}",
+        "config": job.config.model_dump_json(),
+        "outputs": [str(path) for path in job.outputs],
+        "workspace": os.environ.get("METALOOM_WORKSPACE") or str(Path.cwd()),
+        "token": str((folder / _TOKEN).resolve()),
+        "journals": str(Path.cwd()),
+        "desk": desk,
+    }
+    restarts = -1 if job.max_restarts else 0  # how many are too many, the desk decides
+    return TorchTrainer(
+        work,
+        train_loop_config=loop,
+        scaling_config=ScalingConfig(
+            num_workers=number if job.min_workers is None else (job.min_workers, number),
+            use_gpu=has_gpus,
+            resources_per_worker={"GPU": 1} if has_gpus else {"CPU": 1},
+            label_selector=_labels() or None,
+            elastic_resize_monitor_interval_s=10.0,
+        ),
+        run_config=RunConfig(
+            name=f"metaloom-{uuid.uuid4().hex[:12]}",
+            storage_path=f"{storage.base}/ray" if storage else str((folder / "ray").resolve()),
+            storage_filesystem=storage.filesystem if storage else None,
+            failure_config=FailureConfig(
+                max_failures=restarts, max_preemption_failures=-1, preemption_grace_s=30.0
+            ),
+            callbacks=[JournalCallback()],
+            worker_runtime_env={"env_vars": {**environment, **WORKER_ENVIRONMENT}},
+        ),
+        torch_config=TorchConfig(
+            backend="nccl" if has_gpus else "gloo",
+            timeout_s=max(1, int(timeout_from_environment())),
+        ),
+    )
+
+
+@contextmanager
+def _cluster() -> Iterator[Any]:
+    """Ray, connected; what we have connected, we disconnect, and what ran for us ends with it."""
+    if importlib.util.find_spec("ray") is None:
+        raise MachineError(
+            "METALOOM_LAUNCHER is ray_train, but Ray is not installed. Install it: "
+            "pip install 'metaloom[ray]'."
+        )
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    try:
+        ray.init(include_dashboard=False, logging_level=logging.WARNING, configure_logging=False)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = os.environ.get("RAY_ADDRESS", "this machine")
+        raise MachineError(
+            f"no Ray cluster could be used at {where}: {str(error).splitlines()[0][:300]} Look at "
+            "RAY_ADDRESS, and at RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
+        ) from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _labels() -> dict[str, str]:
+    """METALOOM_NODE_LABELS: which nodes may hold workers."""
+    text = os.environ.get("METALOOM_NODE_LABELS", "")
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if any(not (key and sign and value) for key, sign, value in pairs):
+        raise ConfigError(
+            f"METALOOM_NODE_LABELS is {text!r}. Write <label>=<value>, with commas between several."
+        )
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _raise_what_is_told(told: dict[str, str] | None) -> None:
+    if told is not None:
+        raise getattr(errors, told["kind"], TrainingError)(told["message"])
+
+
+def _bring_home(job: Job, stored: str | None) -> None:
+    """Fetch what the main worker left on a machine that does not share this one's folders."""
+    storage = storage_from_environment()
+    if stored is None or storage is None:
+        return
+    for index, target in enumerate(job.outputs):
+        with tempfile.TemporaryDirectory() as scratch:
+            storage.get(f"{stored}/{index}", Path(scratch) / "sealed")
+            shutil.copytree(Path(scratch) / "sealed" / "content", target, dirs_exist_ok=True)
+        storage.remove(f"{stored}/{index}")

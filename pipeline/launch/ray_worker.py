@@ -1,0 +1,164 @@
+"""What runs inside Ray: one worker of a run, and the callback that brings its metrics home."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import train
+from ray.train import UserCallback
+
+from pipeline.core.errors import ConfigError, PipelineError, StoppedError
+from pipeline.core.files import new_folder
+from pipeline.launch.worker import resolve
+from pipeline.runtime.context import joined_context
+from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
+from pipeline.runtime.journal import Journal, Point
+from pipeline.runtime.mirror import storage_from_environment
+
+_POLL_SECONDS = 0.5
+
+
+class PreemptedError(Exception):
+    """The workers' machines are going away; Ray starts them again elsewhere."""
+
+
+def work(loop: Mapping[str, Any]) -> None:
+    """One worker: run the entry; the main one leaves its result at the desk."""
+    desk = loop["desk"]
+    try:
+        _enter(loop["workspace"])
+        config = resolve(loop["kind"]).model_validate_json(loop["config"])
+        context = joined_context(stopping=_stop_told(desk), open_log=_log_opener(loop))
+        if context.is_main:
+            ray.get(desk.begin.remote())
+        with peers_watched(context):
+            result = resolve(loop["entry"])(config, context)
+        if context.is_main:
+            stored = _send_home(loop)
+            ray.get(desk.finish.remote({"result": result, "stored": stored}))
+    except StoppedError as error:
+        if not ray.get(desk.stopping.remote()):
+            raise PreemptedError(str(error)) from None
+    except PipelineError as error:
+        ray.get(desk.fail.remote(type(error).__name__, str(error)))
+        raise
+    except LostPeerError:
+        raise
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        told = str(error) if isinstance(error, FaultError) else words
+        ray.get(desk.fault.remote(f"a worker ended: {told}."))
+        traceback.print_exc()
+        raise
+
+
+class JournalCallback(UserCallback):
+    """On the driver's machine: what the main worker reports goes into the run's journal there.
+
+    The run in MLflow is the driver's, which forwards the journal; workers that start again write
+    into the same one.
+    """
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
+    ) -> None:
+        """Append the points of one report."""
+        for told in metrics:
+            if not told.get("points"):
+                continue
+            journal = Journal(Path(told["journal"]))
+            for point in told["points"]:
+                journal.append(Point(**point))
+            journal.close()
+
+
+class _RayLog:
+    """Collects the main worker's points; at each checkpoint all workers report to the driver."""
+
+    def __init__(self, path: Path | None, desk: Any, base: Path) -> None:
+        self._path, self._desk = None if path is None else base / path, desk
+        self._points: list[dict[str, Any]] = []
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep one point until the next checkpoint."""
+        if self._path is not None:
+            self._points.append(asdict(Point(step, time.time(), dict(metrics))))
+
+    def flush(self, step: int) -> bool:
+        """Report what there is; True if Ray says that these machines are going away."""
+        train.report({"points": self._points, "journal": str(self._path or "")})
+        self._points = []
+        if train.get_context().get_world_rank() == 0:
+            self._desk.reach.remote(step)
+        return train.get_preemption_info() is not None
+
+    def close(self) -> None:
+        """Report the rest."""
+        train.report({"points": self._points, "journal": str(self._path or "")})
+        self._points = []
+
+
+def _log_opener(loop: Mapping[str, Any]) -> Any:
+    return lambda path: _RayLog(path, loop["desk"], Path(loop["journals"]))
+
+
+def _enter(workspace: str) -> None:
+    """Go to the folder that the job's paths are relative to."""
+    try:
+        os.chdir(workspace)
+    except OSError as error:
+        node = ray.util.get_node_ip_address()
+        raise ConfigError(
+            f"node {node} has no folder {workspace} ({error.strerror}). Mount the driver's working "
+            "folder there, or keep a clone with the same data on every node and set "
+            "METALOOM_WORKSPACE to its path."
+        ) from None
+
+
+def _stop_told(desk: Any) -> Any:
+    """Whether the driver was asked to stop, looked up from time to time by a thread."""
+    asked = threading.Event()
+
+    def listen() -> None:
+        while not asked.wait(_POLL_SECONDS):
+            try:
+                if ray.get(desk.stopping.remote()):
+                    asked.set()
+            except Exception:  # the driver is gone, and Ray ends this worker
+                return
+
+    threading.Thread(target=listen, daemon=True, name="stop").start()
+    return asked.is_set
+
+
+def _send_home(loop: Mapping[str, Any]) -> str | None:
+    """Put the outputs into the object store, unless the driver sees this machine's folders."""
+    outputs = [Path(path) for path in loop["outputs"]]
+    if not outputs or Path(loop["token"]).exists():
+        return None
+    storage = storage_from_environment()
+    if storage is None:
+        raise ConfigError(
+            "the main worker runs on a node that does not share the driver's folders, so its "
+            "results cannot come home. Set METALOOM_STORAGE to s3://bucket/path (or file:/// on a "
+            "mounted disk)."
+        )
+    name = f"outputs/{uuid.uuid4().hex}"
+    for index, output in enumerate(outputs):
+        with tempfile.TemporaryDirectory() as scratch:
+            sealed = Path(scratch) / str(index)
+            with new_folder(sealed, kind="output") as building:
+                shutil.copytree(output, building / "content")
+            storage.put(sealed, f"{name}/{index}")
+    return name

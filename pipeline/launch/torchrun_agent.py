@@ -1,0 +1,59 @@
+"""torchrun's agent, its log in a file so that the terminal is left to the main worker.
+
+`python -m pipeline.launch.torchrun_agent LOG <torchrun's own arguments>`
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+
+_PREFIX = "torch.distributed"
+
+
+def main() -> None:
+    """Run the agent to its end; status 1 when its workers failed for good."""
+    log, *arguments = sys.argv[1:]
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    _log_to(log)
+    try:
+        run.main(arguments)
+    except ChildFailedError:
+        sys.exit(1)
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)
+    except Exception as error:  # a lost rendezvous, mostly; the driver reads the log
+        logging.getLogger(_PREFIX).error("the agent ended: %s", error)
+        sys.exit(2)
+
+
+def _log_to(path: str) -> None:
+    """Send everything that torch.distributed logs to a file, and nothing to the terminal."""
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(message)s"))
+    for name in [_PREFIX, *logging.root.manager.loggerDict]:
+        if name.startswith(_PREFIX):
+            logger = logging.getLogger(name)
+            logger.handlers.clear()
+            logger.propagate = name != _PREFIX
+            logger.setLevel(logging.INFO)
+    logging.getLogger(_PREFIX).addHandler(handler)
+
+
+def _end_with_parent(parent: int) -> None:
+    """An agent whose driver was killed ends, and its workers with it."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

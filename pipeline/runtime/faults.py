@@ -1,0 +1,55 @@
+"""What another start may mend, told apart from what it may not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pipeline.runtime.context import Context
+
+_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connection refused",
+)
+_TIMED_OUT = ("Timed out waiting", "timed out", "Timeout")
+
+
+class FaultError(Exception):
+    """The launcher starts the workers again, from the last checkpoint."""
+
+
+class LostPeerError(FaultError):
+    """Another worker went away; it has the story, not this one."""
+
+
+class HungPeerError(FaultError):
+    """A collective timed out."""
+
+
+class DivergenceError(FaultError):
+    """Workers that must hold the same parameters do not."""
+
+
+@contextmanager
+def peers_watched(context: Context) -> Iterator[None]:
+    """Turn what the collectives raise into faults; one that timed out names the worker.
+
+    Raises:
+        LostPeerError: a connection broke.
+        HungPeerError: nothing broke, but somebody did not come.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed raises nothing narrower over gloo
+        text = str(error)
+        if any(sign in text for sign in _GONE):
+            raise LostPeerError(text.splitlines()[0]) from error
+        if any(sign in text for sign in _TIMED_OUT) and context.pulse is not None:
+            found = context.pulse.roll_call()
+            raise HungPeerError(
+                f"no answer within {context.timeout_seconds:g} s at step {context.pulse.step}: "
+                f"{found}"
+            ) from error
+        raise

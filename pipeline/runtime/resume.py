@@ -1,0 +1,113 @@
+"""Where a run's checkpoints are kept while it runs, and which one it goes on from.
+
+Every host keeps its own copy, so that any of them may go away; hosts that share one folder keep
+one. With METALOOM_STORAGE there is one more copy in an object store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline.runtime.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    newest_step,
+    save_checkpoint,
+    tidy_checkpoints,
+)
+from pipeline.runtime.collectives import barrier, broadcast_bytes, gather_shares
+from pipeline.runtime.context import Context
+from pipeline.runtime.logs import say
+from pipeline.runtime.mirror import Mirror, storage_from_environment
+
+_SLOW_SECONDS = 1.0
+_STATE = "state"
+
+
+class Keeper:
+    """The checkpoints of one run, as one worker sees them."""
+
+    def __init__(self, folder: Path, context: Context) -> None:
+        self._folder, self._context = folder, context
+        self._writes = context.is_main
+        storage = storage_from_environment() if context.is_main else None
+        self._mirror = None if storage is None else Mirror(folder, storage)
+
+    def __enter__(self) -> Keeper:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._mirror is not None:
+            self._mirror.close()
+
+    def resume(self) -> Checkpoint | None:
+        """The newest good checkpoint that any host, or the store, has; on every worker.
+
+        Raises:
+            StorageError: the object store does not answer.
+        """
+        self._writes = self._keeps_a_copy()
+        if self._writes:
+            tidy_checkpoints(self._folder)
+        if self._mirror is not None:
+            self._mirror.fetch_newer(newest_step(self._folder))
+            self._mirror.start()
+        barrier()
+        own = torch.tensor([newest_step(self._folder)], device=self._context.device)
+        steps = gather_shares(own, self._context.world_size, self._context).tolist()
+        if len(set(steps)) == 1:
+            return load_checkpoint(self._folder)
+        return self._from(steps.index(max(steps)))
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Keep a checkpoint, on every host's first worker."""
+        if not self._writes:
+            return
+        begin = time.monotonic()
+        save_checkpoint(self._folder, step, tensors, state)
+        if (seconds := time.monotonic() - begin) > _SLOW_SECONDS:
+            say("slow disk", checkpoint_seconds=seconds, folder=str(self._folder))
+
+    def _from(self, source: int) -> Checkpoint:
+        """One worker's newest checkpoint, sent to all; hosts without it keep a copy."""
+        sent = None
+        if self._context.rank == source:
+            found = load_checkpoint(self._folder)
+            assert found is not None
+            sent = safetensors.torch.save(found.tensors, {_STATE: json.dumps(found.state)})
+        received = broadcast_bytes(sent, source, self._context)
+        length = int.from_bytes(received[:8], "little")
+        header = json.loads(received[8 : 8 + length])
+        state = json.loads(header["__metadata__"][_STATE])
+        checkpoint = Checkpoint(safetensors.torch.load(received), state)
+        if self._writes:
+            save_checkpoint(self._folder, state["progress"]["step"], *checkpoint)
+        return checkpoint
+
+    def _keeps_a_copy(self) -> bool:
+        """The main worker does, and the first of each host that does not see the main's folder."""
+        context = self._context
+        first = torch.tensor([int(context.local_rank == 0)], device=context.device)
+        hosts = int(gather_shares(first, context.world_size, context).sum())
+        if hosts <= 1 or context.store is None:
+            return context.is_main
+        if context.is_main:
+            token = f".main-{uuid.uuid4().hex}"
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for old in self._folder.glob(".main-*"):
+                old.unlink()
+            (self._folder / token).touch()
+            context.store.set("folder", token)
+        token = os.fsdecode(context.store.get("folder"))
+        shared = (self._folder / token).exists()
+        return context.is_main or (context.local_rank == 0 and not shared)

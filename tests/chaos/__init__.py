@@ -1,0 +1,1 @@
+"""Faults done for real: processes killed, disks filled, servers stopped."""

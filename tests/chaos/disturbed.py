@@ -1,0 +1,179 @@
+"""A training run in processes of its own, to be disturbed while it goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from pipeline.launch.base import Job
+from pipeline.runtime.checkpoint import newest_step
+from pipeline.runtime.journal import read_points
+from pipeline.store.reader import Store
+from pipeline.training.meta_train import MetaTrainJob
+from tests.chaos.campaign import Try
+from tests.contract.drive import REPOSITORY, outcome, start
+from tests.distributed.small_run import digest, make_job
+
+NUM_STEPS, CHECKPOINT_EVERY = 400, 20
+ENTRY = "pipeline.training.meta_train:run"
+_PATIENCE_SECONDS = 150.0
+_WORKER = "pipeline.launch.worker"
+
+
+def long_job(folder: Path, store: Store, tasks: Path, **changes: Any) -> MetaTrainJob:
+    """A run of some seconds, so that there is time to disturb it."""
+    settings = {"num_steps": NUM_STEPS, "checkpoint_every": CHECKPOINT_EVERY, "validate_every": 200}
+    return make_job(folder, store, tasks, **{**settings, **changes})
+
+
+class Disturbed:
+    """One run, from its first start to its end, over all the times that it is started."""
+
+    def __init__(
+        self,
+        job: MetaTrainJob,
+        launcher: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        min_workers: int | None = None,
+        max_restarts: int = 50,
+    ) -> None:
+        self.job = job
+        self._launcher, self._environment = launcher, dict(environment or {})
+        self._min_workers, self._max_restarts = min_workers, max_restarts
+        self._starts = 0
+        self._offset = 0
+        self.driver: subprocess.Popen[bytes] | None = None
+        self.folder = Path()
+
+    def start(self, num_workers: int) -> None:
+        """Run the same command (again)."""
+        self._starts += 1
+        self._offset = self._end_of_journal()
+        self.folder = self.job.target.parent / f"start-{self._starts}"
+        job = Job(ENTRY, self.job, num_workers, self._min_workers, self._max_restarts)
+        self.driver = start(self._launcher, job, self.folder, self._environment)
+
+    def steps(self) -> list[int]:
+        """The steps that were logged since the last start or disturbance."""
+        return [point.step for point, _ in read_points(self.job.journal, self._offset)]
+
+    def wait_for_steps(self, count: int) -> bool:
+        """Until so many new steps are logged; False if the run ended before."""
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while len(self.steps()) < count:
+            assert self.driver is not None
+            if self.driver.poll() is not None:
+                return False
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.003)
+        return True
+
+    def workers(self) -> dict[int, int]:
+        """Process ids of the living workers, by rank."""
+        assert self.driver is not None
+        if self._launcher == "ray_train":
+            told = re.findall(r"pid=(\d+)\) world_rank=(\d+)", self.log())
+            return {int(r): int(pid) for pid, r in told if psutil.pid_exists(int(pid))}
+        found = {}
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, KeyError, ValueError):
+                command = process.cmdline()
+                ours = _WORKER in command and str(self.folder / "launch") in command
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found[int(process.environ()["RANK"])] = process.pid
+        return found
+
+    def tree(self) -> list[int]:
+        """The driver and everything that it has started: what dies with a machine."""
+        assert self.driver is not None
+        root = psutil.Process(self.driver.pid)
+        return [root.pid, *(child.pid for child in root.children(recursive=True))]
+
+    def kill(self, pids: list[int]) -> None:
+        """kill -9."""
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def wait_until_it_goes_on(self, before: list[int]) -> tuple[int, float]:
+        """After a disturbance: (steps lost, seconds until the next step was logged).
+
+        Args:
+            before: the steps that had been logged since the last start.
+        """
+        begin = time.monotonic()
+        self._offset = self._end_of_journal()
+        if not self.wait_for_steps(1):
+            return 0, time.monotonic() - begin
+        return max(before) - (self.steps()[0] - 1), time.monotonic() - begin
+
+    def end(self) -> Any:
+        """Wait for the end; returns the metrics, or raises what the run raised."""
+        assert self.driver is not None
+        return outcome(self.driver, self.folder)
+
+    def child_environment(self) -> dict[str, str]:
+        """For another process beside the driver."""
+        path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+        return {**os.environ, **self._environment, "PYTHONPATH": path}
+
+    def log(self) -> str:
+        """What the driver and its main worker have printed in this start."""
+        return (self.folder / "drive.log").read_text(errors="replace")
+
+    @property
+    def says_restarts(self) -> bool:
+        """Whether the launcher writes a line for each new start of the workers."""
+        return self._launcher == "local"
+
+    def restarts_told(self) -> int:
+        """New starts that the launcher has told of."""
+        return self.log().count('"event": "restart"')
+
+    def is_running(self) -> bool:
+        """Whether the driver lives."""
+        return self.driver is not None and self.driver.poll() is None
+
+    def kept(self) -> int:
+        """Step of the newest checkpoint."""
+        return newest_step(self.job.checkpoints)
+
+    def _end_of_journal(self) -> int:
+        return max((behind for _, behind in read_points(self.job.journal)), default=0)
+
+
+def undisturbed(folder: Path, store: Store, tasks: Path, **changes: Any) -> tuple[Any, Any]:
+    """Metrics and bits of the run that nothing disturbs."""
+    run = Disturbed(long_job(folder, store, tasks, **changes), "local")
+    run.start(2)
+    return run.end(), digest(run.job)
+
+
+def kill_worker(run: Disturbed, rng: random.Random, rank: int | None) -> Try | None:
+    """Kill one worker after some steps; None if the run ended before."""
+    if not run.wait_for_steps(rng.randint(1, 3 * CHECKPOINT_EVERY)):
+        return None
+    time.sleep(rng.uniform(0, 0.02))  # anywhere in a step, or in the writing of a checkpoint
+    pids = run.workers()
+    if not pids:
+        return None
+    before, told = run.steps(), run.restarts_told()
+    begin = time.monotonic()
+    run.kill([pids[rng.choice(sorted(pids)) if rank is None else rank]])
+    while run.says_restarts and run.restarts_told() == told and run.is_running():
+        time.sleep(0.01)
+    noticed = time.monotonic() - begin if run.says_restarts else None
+    lost, _ = run.wait_until_it_goes_on(before)
+    seconds = time.monotonic() - begin
+    return Try(len(before), survived=True, steps_lost=lost, seconds=seconds, noticed=noticed)
