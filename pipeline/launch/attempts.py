@@ -15,19 +15,22 @@ class Attempts:
     """Step of the checkpoint that the latest start found; 0 when there was none."""
     count: int = 0
     """Starts since then, that one included"""
+    total: int = 0
+    """Starts of this run by this launcher"""
 
     def begin(self, progress: int) -> Attempts:
         """One more start, at this checkpoint."""
         same = progress == self.progress
-        return Attempts(progress, self.count + 1 if same else 1)
+        return Attempts(progress, self.count + 1 if same else 1, self.total + 1)
 
     def check(self, max_restarts: int, cause: str) -> None:
         """Refuse the start when those before it came to nothing.
 
         Raises:
-            TrainingError: the run has been started again `max_restarts` times from one checkpoint.
+            TrainingError: the run has been started again `max_restarts` times from one checkpoint,
+                or at all where there are to be none.
         """
-        if self.count <= max_restarts + 1:
+        if self.count <= max_restarts + 1 and (max_restarts or self.total <= 1):
             return
         tried = f" ({self.count - 1} starts from step {self.progress})" if max_restarts else ""
         raise TrainingError(

@@ -27,7 +27,15 @@ from pipeline.runtime.context import timeout_from_environment
 from pipeline.runtime.mirror import storage_from_environment
 
 _POLL_SECONDS = 0.25
-_TOKEN = "driver"
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # A report waits until the one before it was looked at; with Ray's 2 s that would be felt.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
+}
+"""Of Ray, unless the environment says else."""
 _PASSED_ON = ("AWS_", "METALOOM_", "CUBLAS_")
 
 
@@ -43,11 +51,10 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
         StoppedError: this process was asked to stop, and the workers did.
     """
     prepare(job, folder)
-    (folder / _TOKEN).touch()
-    with _cluster() as ray, stop_asked() as asked:
+    with _cluster() as ray, stop_asked() as asked, _token() as token:
         desk = ray.remote(num_cpus=0)(_Desk).remote(job.max_restarts)
         failure: list[Exception] = []
-        fit = threading.Thread(target=_fit, args=(job, folder, desk, failure), daemon=True)
+        fit = threading.Thread(target=_fit, args=(job, folder, token, desk, failure), daemon=True)
         fit.start()
         stopping = False
         while fit.is_alive():
@@ -64,10 +71,9 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
             "again to go on."
         )
     if done is None:
-        cause = str(failure[0]).strip().splitlines()[-1][:300] if failure else "it said nothing"
+        cause = _cause(failure[0]) if failure else "Ray Train ended without a word"
         raise TrainingError(
-            f"Ray Train gave the run up: {cause}. Run the same command again: it resumes from the "
-            "last checkpoint."
+            f"{cause}. Run the same command again: it resumes from the last checkpoint."
         )
     _bring_home(job, done["stored"])
     return done["result"]
@@ -129,17 +135,29 @@ class _Desk:
         return self._progress
 
 
-def _fit(job: Job, folder: Path, desk: Any, failure: list[Exception]) -> None:
+@contextmanager
+def _token() -> Iterator[Path]:
+    """A file in the driver's working folder; a worker that sees it in its own shares it."""
+    token = Path(".metaloom") / f"driver-{uuid.uuid4().hex}"
+    token.parent.mkdir(exist_ok=True)
+    token.touch()
+    try:
+        yield token
+    finally:
+        token.unlink()
+
+
+def _fit(job: Job, folder: Path, token: Path, desk: Any, failure: list[Exception]) -> None:
     """Run the trainer to its end; what it raises is kept for the thread that waits."""
     try:
-        _trainer(job, folder, desk).fit()
+        _trainer(job, folder, token, desk).fit()
     except Exception as error:
         failure.append(error)
 
 
-def _trainer(job: Job, folder: Path, desk: Any) -> Any:
+def _trainer(job: Job, folder: Path, token: Path, desk: Any) -> Any:
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from pipeline.launch.ray_worker import JournalCallback, work
@@ -157,7 +175,7 @@ def _trainer(job: Job, folder: Path, desk: Any) -> Any:
         "config": job.config.model_dump_json(),
         "outputs": [str(path) for path in job.outputs],
         "workspace": os.environ.get("METALOOM_WORKSPACE") or str(Path.cwd()),
-        "token": str((folder / _TOKEN).resolve()),
+        "token": str(token),
         "journals": str(Path.cwd()),
         "desk": desk,
     }
@@ -180,6 +198,7 @@ def _trainer(job: Job, folder: Path, desk: Any) -> Any:
                 max_failures=restarts, max_preemption_failures=-1, preemption_grace_s=30.0
             ),
             callbacks=[JournalCallback()],
+            logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": {**environment, **WORKER_ENVIRONMENT}},
         ),
         torch_config=TorchConfig(
@@ -197,9 +216,8 @@ def _cluster() -> Iterator[Any]:
             "METALOOM_LAUNCHER is ray_train, but Ray is not installed. Install it: "
             "pip install 'metaloom[ray]'."
         )
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "1")
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     import ray
 
     if ray.is_initialized():
@@ -228,6 +246,18 @@ def _labels() -> dict[str, str]:
             f"METALOOM_NODE_LABELS is {text!r}. Write <label>=<value>, with commas between several."
         )
     return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _cause(failure: Exception) -> str:
+    """Which worker ended, and how; those that lost it wait, so Ray tells of it first."""
+    workers = getattr(failure, "worker_failures", None)
+    if not workers:
+        return f"Ray Train gave the run up: {str(failure).strip().splitlines()[-1][:300]}"
+    rank, error = min(workers.items())
+    last = str(error).strip().splitlines()[-1][:300]
+    if "Actor" in type(error).__name__ or "actor died" in str(error):
+        return f"worker {rank} died: it was killed, or its node is gone"
+    return f"worker {rank} ended: {last}"
 
 
 def _raise_what_is_told(told: dict[str, str] | None) -> None:

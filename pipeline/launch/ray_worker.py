@@ -24,9 +24,11 @@ from pipeline.launch.worker import resolve
 from pipeline.runtime.context import joined_context
 from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
 from pipeline.runtime.journal import Journal, Point
+from pipeline.runtime.logs import say
 from pipeline.runtime.mirror import storage_from_environment
 
 _POLL_SECONDS = 0.5
+_END_SECONDS = 30.0
 
 
 class PreemptedError(Exception):
@@ -40,6 +42,7 @@ def work(loop: Mapping[str, Any]) -> None:
         _enter(loop["workspace"])
         config = resolve(loop["kind"]).model_validate_json(loop["config"])
         context = joined_context(stopping=_stop_told(desk), open_log=_log_opener(loop))
+        say("worker", rank=context.rank, process=os.getpid(), node=_node())
         if context.is_main:
             ray.get(desk.begin.remote())
         with peers_watched(context):
@@ -52,8 +55,10 @@ def work(loop: Mapping[str, Any]) -> None:
             raise PreemptedError(str(error)) from None
     except PipelineError as error:
         ray.get(desk.fail.remote(type(error).__name__, str(error)))
+        time.sleep(_END_SECONDS)  # the driver says it, and ends us all
         raise
     except LostPeerError:
+        time.sleep(_END_SECONDS)  # whoever was lost has the story, and Ray ends us all
         raise
     except Exception as error:
         words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
@@ -90,10 +95,10 @@ class _RayLog:
         self._path, self._desk = None if path is None else base / path, desk
         self._points: list[dict[str, Any]] = []
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, point: Point) -> None:
         """Keep one point until the next checkpoint."""
         if self._path is not None:
-            self._points.append(asdict(Point(step, time.time(), dict(metrics))))
+            self._points.append(asdict(point))
 
     def flush(self, step: int) -> bool:
         """Report what there is; True if Ray says that these machines are going away."""
@@ -118,12 +123,15 @@ def _enter(workspace: str) -> None:
     try:
         os.chdir(workspace)
     except OSError as error:
-        node = ray.util.get_node_ip_address()
         raise ConfigError(
-            f"node {node} has no folder {workspace} ({error.strerror}). Mount the driver's working "
-            "folder there, or keep a clone with the same data on every node and set "
+            f"node {_node()} has no folder {workspace} ({error.strerror}). Mount the driver's "
+            "working folder there, or keep a clone with the same data on every node and set "
             "METALOOM_WORKSPACE to its path."
         ) from None
+
+
+def _node() -> str:
+    return str(ray.util.get_node_ip_address())
 
 
 def _stop_told(desk: Any) -> Any:

@@ -145,8 +145,8 @@ def _hosts_from_environment() -> Hosts:
     if most > 1 and not place:
         raise ConfigError(
             f"METALOOM_NODES is {value}, but METALOOM_RENDEZVOUS does not say where the other "
-            "hosts find this one. Set it to <this host's address>:<a free port>, and on each other host "
-            "run `metaloom join` with the same."
+            "hosts find this one. Set it to <this host's address>:<a free port>, and on each "
+            "other host run `metaloom join` with the same."
         )
     rendezvous = parse_endpoint(place) if place else free_endpoint()
     return Hosts(least or most, most, rendezvous)

@@ -34,7 +34,7 @@ def save_checkpoint(
     Raises:
         StorageError: the disk refused; earlier checkpoints are as they were.
     """
-    target = folder / f"step-{step:08d}"
+    target = folder / _name(step)
     if target.exists():
         return  # the same step of the same run holds the same bits: never overwrite
     try:
@@ -87,19 +87,32 @@ def newest_step(folder: Path) -> int:
     return int(found[0].name.removeprefix("step-")) if found else 0
 
 
+def _name(step: Any) -> str:
+    return f"step-{step:08d}" if isinstance(step, int) else "of no step"
+
+
 def clear_checkpoints(folder: Path) -> None:
     """Remove all checkpoints of a finished run."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read(path: Path) -> Checkpoint:
+def check_checkpoint(path: Path, run: str, name: str) -> None:
+    """Verify every byte of what is to become a run's checkpoint of some name.
+
+    Raises:
+        ArtefactError: it is damaged, or another one.
+    """
     manifest = verify(path)
-    if manifest.get("step") != int(path.name.removeprefix("step-")):
+    if name != _name(manifest.get("step")):
         raise ArtefactError(f"it holds step {manifest.get('step')}, not the one of its name")
-    if manifest.get("run") != path.parent.name:
+    if manifest.get("run") != run:
         raise ArtefactError(f"it is of another run, {manifest.get('run')}")
     if set(manifest["files"]) != {_TENSORS, _STATE}:
         raise ArtefactError("it does not hold a checkpoint's files")
+
+
+def _read(path: Path) -> Checkpoint:
+    check_checkpoint(path, path.parent.name, path.name)
     return Checkpoint(safetensors.torch.load_file(path / _TENSORS), read_json(path / _STATE))
 
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from pipeline.core.files import write_bytes
-from pipeline.runtime.journal import Journal
+from pipeline.runtime.journal import Journal, Point
 
 
 class MetricLog(Protocol):
     """The main worker writes into it; the others hold one too, for what all do together."""
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record one step; by the main worker alone."""
+    def write(self, point: Point) -> None:
+        """Record one step; by the main worker alone. The same point twice is one point."""
 
     def flush(self, step: int) -> bool:
         """All workers are at a checkpoint; True if their machines want them to stop."""
@@ -34,10 +33,10 @@ class JournalLog:
         self._journal = None if path is None else Journal(path)
         self._progress = progress
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, point: Point) -> None:
         """Append one point."""
         if self._journal is not None:
-            self._journal.write(step, metrics)
+            self._journal.append(point)
 
     def flush(self, step: int) -> bool:
         """Note the step."""

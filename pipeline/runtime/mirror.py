@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pipeline.core.errors import ArtefactError, ConfigError, StorageError
 from pipeline.core.files import MANIFEST, fsync_folder, verify
-from pipeline.runtime.checkpoint import checkpoint_folders, clear_checkpoints, newest_step
+from pipeline.runtime.checkpoint import (
+    check_checkpoint,
+    checkpoint_folders,
+    clear_checkpoints,
+    newest_step,
+)
 
 KEPT = 2
 _POLL_SECONDS = 0.5
@@ -60,10 +68,13 @@ class Storage:
         )
 
     def put(self, folder: Path, name: str) -> None:
-        """Upload a sealed folder; what is there under this name already is left as it is."""
+        """Upload a sealed folder; if it is there already, by its manifest, it is left as it is."""
         target = f"{self.base}/{name}"
-        if folder.name in self.names(str(PurePosixPath(name).parent)):
+        there = self._manifest(name)
+        if there == (folder / MANIFEST).read_bytes():
             return
+        if there is not None:  # torn, or another's
+            self.remove(name)
         self.filesystem.create_dir(target, recursive=True)
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         for path in sorted(files, key=lambda p: p.name == MANIFEST):
@@ -76,8 +87,21 @@ class Storage:
             ):
                 shutil.copyfileobj(source, sink, 2**20)
 
-    def get(self, name: str, target: Path) -> None:
-        """Download a folder, verify every byte, and put it in place.
+    def _manifest(self, name: str) -> bytes | None:
+        from pyarrow import fs
+
+        path = f"{self.base}/{name}/{MANIFEST}"
+        if self.filesystem.get_file_info(path).type != fs.FileType.File:
+            return None
+        with self.filesystem.open_input_stream(path) as source:
+            content: bytes = source.read()
+            return content
+
+    def get(self, name: str, target: Path, check: Callable[[Path], object] = verify) -> None:
+        """Download a folder, check every byte, and put it in place.
+
+        Args:
+            check: of the downloaded folder, before it is in its place.
 
         Raises:
             ArtefactError: it is not what was uploaded.
@@ -101,7 +125,7 @@ class Storage:
                     shutil.copyfileobj(source, sink, 2**20)
                     sink.flush()
                     os.fsync(sink.fileno())
-            verify(scratch)
+            check(scratch)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(scratch, target)
@@ -143,11 +167,12 @@ class Mirror:
         """
         under = f"checkpoints/{self._folder.name}"
         try:
-            for name in reversed(self._storage.names(under)):
+            for name in reversed(self._stored()):
                 if int(name.removeprefix("step-")) <= step:
                     return
+                check = partial(check_checkpoint, run=self._folder.name, name=name)
                 try:
-                    self._storage.get(f"{under}/{name}", self._folder / name)
+                    self._storage.get(f"{under}/{name}", self._folder / name, check)
                     return
                 except ArtefactError as error:
                     print(
@@ -172,11 +197,17 @@ class Mirror:
         """Begin to upload."""
         self._thread.start()
 
-    def close(self) -> None:
-        """Upload what is left, within a bound; say so if the store does not take it."""
+    def close(self, *, flush: bool = True) -> None:
+        """Upload what is left, within a bound; say so if the store does not take it.
+
+        Args:
+            flush: False leaves it to the next start, which comes at once.
+        """
         if not self._thread.is_alive():
             return
         self._ending.set()
+        if not flush:
+            return
         self._thread.join(_FLUSH_SECONDS)
         if newest_step(self._folder) > self._uploaded:
             print(
@@ -194,16 +225,16 @@ class Mirror:
                 backoff, warned = _POLL_SECONDS, False
                 if ending:
                     return
-            except FileNotFoundError:
-                continue  # a checkpoint that was replaced by a newer one meanwhile
             except OSError as error:
-                if not warned:
+                # A folder that is not there was replaced by a newer checkpoint meanwhile.
+                if not warned and not isinstance(error, FileNotFoundError):
                     print(
                         f"warning: {self._storage.uri} takes no checkpoint ({_first_line(error)}); "
                         "training goes on.",
                         file=sys.stderr,
                     )
-                warned, backoff = True, min(2 * backoff, _LONGEST_BACKOFF)
+                    warned = True
+                backoff = min(2 * backoff, _LONGEST_BACKOFF)
             if self._ending.is_set():
                 time.sleep(_POLL_SECONDS)
             else:
@@ -216,10 +247,15 @@ class Mirror:
             under = f"checkpoints/{self._folder.name}"
             folder = checkpoint_folders(self._folder)[0]
             self._storage.put(folder, f"{under}/{folder.name}")
-            for old in self._storage.names(under)[:-KEPT]:
+            for old in self._stored()[:-KEPT]:
                 self._storage.remove(f"{under}/{old}")
             self._uploaded = newest
         return self._uploaded
+
+    def _stored(self) -> list[str]:
+        """Whole checkpoints of this run in the store, the oldest first."""
+        names = self._storage.names(f"checkpoints/{self._folder.name}")
+        return [name for name in names if re.fullmatch(r"step-\d{8,}", name)]
 
 
 def _s3(fs: Any) -> Any:

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 from pipeline.core.errors import RegistryError
 from pipeline.runtime import lineage
 from pipeline.runtime.journal import Point
-from pipeline.runtime.tracking import FAILED, KILLED, RunIds, RunStart
+from pipeline.runtime.tracking import FAILED, INCOMPLETE_TAG, KILLED, RunIds, RunStart
 
 EXPERIMENT = "metaloom"
 METRICS_IN_A_BATCH = 1000
@@ -135,23 +135,28 @@ class MlflowTracker:
         self._client = connect(root)
         self._experiment = experiment_id(self._client, root)
         self._monitor: Any = None
+        self._late = False
+        """Whether the stage had ended before we came to say that it began."""
 
-    def start(self, run: RunStart) -> RunIds:
+    def start(self, run: RunStart, known: RunIds | None = None) -> RunIds:
         """Open the child run under the pipeline's run, with params, tags and data sets."""
-        self._close_stale(run)
-        parent = self._parent(run)
-        child = self._find({"metaloom.key": run.key}) or self._create_child(run, parent)
-        self._client.set_tag(parent, "metaloom.process", run.owner)
-        self._client.update_run(parent, status="RUNNING")
-        self._log_in_batches(child, params=run.params, tags=run.tags)
-        self._client.log_inputs(child, datasets=_datasets(run))
-        self._watch_system(child)
-        return RunIds(parent, child)
+        self._late = not run.process or lineage.has_ended(run.process)
+        if not self._late:
+            self._close_stale(run)
+        ids = self._still_there(run, known) or self._open(run)
+        if not self._late:
+            self._client.set_tag(ids.parent, "metaloom.process", run.owner)
+            self._client.update_run(ids.parent, status="RUNNING")
+        self._log_in_batches(ids.child, params=run.params, tags=run.tags)
+        self._client.log_inputs(ids.child, datasets=_datasets(run))
+        self._watch_system(ids.child)
+        return ids
 
     def log(self, ids: RunIds, points: Sequence[Point]) -> None:
         """Record points, at most METRICS_IN_A_BATCH values a call (repeats are the same rows)."""
         from mlflow.entities import Metric
 
+        self._watch_system(ids.child)
         rows = [
             Metric(_name(name), float(value), int(point.time * 1000), point.step)
             for point in points
@@ -175,29 +180,68 @@ class MlflowTracker:
                 self._client.set_tag(maker, f"reused_by.{ids.parent}", stage)
         return makers
 
-    def finish(self, ids: RunIds, status: str, tags: Mapping[str, str]) -> None:
-        """Close the child, and the parent with the same status."""
+    def finish(self, ids: RunIds, status: str, tags: Mapping[str, str], ended: float) -> None:
+        """Close the child, and the parent with the same status.
+
+        When this is said late, other stages may have come after: then the parent, unless it is
+        open still, stays as they left it.
+        """
         if self._monitor is not None:
             self._monitor.finish()
             self._monitor = None
         # First of all the status: whatever else fails, no run may look as if it were going on.
-        self._client.set_terminated(ids.child, status)
-        self._client.set_terminated(ids.parent, status)
+        self._client.set_terminated(ids.child, status, int(ended * 1000))
+        if not self._late or self._client.get_run(ids.parent).info.status == "RUNNING":
+            self._client.set_terminated(ids.parent, status, int(ended * 1000))
         self._log_in_batches(ids.child, tags=tags)
+        self._drop_twins(ids.child)
         self._copy_summary(ids)
+        if INCOMPLETE_TAG not in tags and INCOMPLETE_TAG in self._tags(ids.child):
+            self._client.delete_tag(ids.child, INCOMPLETE_TAG)
+
+    def _still_there(self, run: RunStart, known: RunIds | None) -> RunIds | None:
+        """The runs that an earlier recorder had begun, if this server has them."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            ours = known is not None and self._tags(known.child).get("metaloom.key") == run.key
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            return None
+        return known if ours else None
+
+    def _open(self, run: RunStart) -> RunIds:
+        parent = self._parent(run)
+        child = self._find({"metaloom.key": run.key}) or self._create_child(run, parent)
+        return RunIds(parent, child)
+
+    def _drop_twins(self, child: str) -> None:
+        """A run that was made, though the answer never came, was made again: keep one."""
+        key = self._tags(child)["metaloom.key"]
+        for twin in self._search(f"tags.`metaloom.key` = '{_quoted(key)}'"):
+            if twin.info.run_id != child:
+                self._client.delete_run(twin.info.run_id)
+
+    def _tags(self, run_id: str) -> Mapping[str, str]:
+        tags: Mapping[str, str] = self._client.get_run(run_id).data.tags
+        return tags
 
     def _parent(self, run: RunStart) -> str:
         """The pipeline's run: found by its key, made by whichever stage comes first."""
-        if found := self._find({"metaloom.pipeline": run.pipeline, "metaloom.role": "pipeline"}):
+        key = run.pipeline or run.key
+        if found := self._find({"metaloom.pipeline": key, "metaloom.role": "pipeline"}):
             return found
         tags = {
-            "metaloom.pipeline": run.pipeline,
+            "metaloom.pipeline": key,
+            "metaloom.process": run.owner,
             "metaloom.role": "pipeline",
             "mlflow.source.git.commit": run.tags.get("git.commit", "none"),
             **{key: value for key, value in run.tags.items() if key.startswith(("git.", "code."))},
         }
-        name = os.environ.get("DVC_EXP_NAME") or time.strftime("pipeline-%Y%m%d-%H%M%S")
-        return str(self._client.create_run(self._experiment, tags=tags, run_name=name).info.run_id)
+        began = time.localtime(run.began or time.time())
+        name = os.environ.get("DVC_EXP_NAME") or time.strftime("pipeline-%Y%m%d-%H%M%S", began)
+        return self._create(run, name, tags)
 
     def _create_child(self, run: RunStart, parent: str) -> str:
         tags = {
@@ -210,7 +254,13 @@ class MlflowTracker:
             "metaloom.pipeline": run.pipeline,
             "metaloom.process": run.process,
         }
-        created = self._client.create_run(self._experiment, tags=tags, run_name=run.stage)
+        return self._create(run, run.stage, tags)
+
+    def _create(self, run: RunStart, name: str, tags: Mapping[str, str]) -> str:
+        began = int((run.began or time.time()) * 1000)
+        created = self._client.create_run(
+            self._experiment, start_time=began, tags=dict(tags), run_name=name
+        )
         return str(created.info.run_id)
 
     def _close_stale(self, run: RunStart) -> None:
@@ -281,12 +331,15 @@ class MlflowTracker:
             self._client.log_batch(run_id, tags=labels[first : first + ENTRIES_IN_A_BATCH])
 
     def _watch_system(self, run_id: str) -> None:
-        if self._monitor is not None:
+        """Sample the machine while the stage runs; MLflow's own thread ends with its server."""
+        thread = None if self._monitor is None else self._monitor._process
+        if self._late or (thread is not None and thread.is_alive()):
             return
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         kind: Any = SystemMetricsMonitor  # it has no types
-        self._monitor = kind(run_id, sampling_interval=SYSTEM_METRICS_SECONDS)
+        again = self._monitor is not None
+        self._monitor = kind(run_id, sampling_interval=SYSTEM_METRICS_SECONDS, resume_logging=again)
         self._monitor.start()
 
 

@@ -2,6 +2,7 @@
 
 Run by `tracking.stage_run` as `python -m pipeline.runtime.recorder ROOT JOURNAL`, with events as
 JSON lines on standard input. End of input without an `end` event means that the stage was killed.
+It may be killed itself: whatever is said twice is recorded once, so another one says all again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.runtime import lineage
-from pipeline.runtime.journal import Point, read_points
-from pipeline.runtime.tracking import KILLED, DataInput, RunIds, RunStart, Tracker
+from pipeline.runtime.journal import FreshPoints, Point, read_points
+from pipeline.runtime.kept import Kept, forget, read_events, stamped
+from pipeline.runtime.tracking import (
+    GAVE_UP,
+    INCOMPLETE_TAG,
+    KILLED,
+    DataInput,
+    RunIds,
+    RunStart,
+    Tracker,
+    kept_message,
+)
 
 POLL_SECONDS = 1.0
 POINTS_IN_A_BATCH = 200
@@ -31,31 +42,40 @@ class Recorder:
 
     def __init__(self, connect: Callable[[], Tracker], journal: Path) -> None:
         self.ids: RunIds | None = None
+        self.num_points = 0
+        """Points that were sent."""
         self._connect = connect
-        self._journal = journal
-        self._offset = 0
+        self._points = FreshPoints(journal)
+        self._batch: list[Point] = []
         self._tracker: Tracker | None = None
         self._start: RunStart | None = None
+        self._known: RunIds | None = None
         self._links: list[Mapping[str, Mapping[str, str]]] = []
-        self._end: tuple[str, Mapping[str, str]] | None = None
+        self._end: tuple[str, Mapping[str, str], float] | None = None
         self.done = False
 
     def accept(self, event: Mapping[str, Any]) -> None:
-        """Take note of an event of the stage."""
-        if event["event"] == "start":
-            run = event["run"]
-            self._start = RunStart(
-                **{**run, "inputs": [DataInput(**item) for item in run["inputs"]]}
-            )
-        elif event["event"] == "link":
-            self._links.append(event["outputs"])
-        elif self._end is None:
-            self._end = (event["status"], event["tags"])
+        """Take note of an event of the stage, or of an earlier recorder of the same run."""
+        match event["event"]:
+            case "start":
+                inputs = [DataInput(**item) for item in event["run"]["inputs"]]
+                self._start = RunStart(**{**event["run"], "inputs": inputs})
+            case "runs":
+                self._known = RunIds(event["parent"], event["child"])
+            case "link":
+                self._links.append(event["outputs"])
+            case "end" if self._end is None:
+                self._end = (event["status"], event["tags"], event.get("time", time.time()))
 
     @property
     def ending(self) -> bool:
         """Whether the stage has ended."""
         return self._end is not None
+
+    @property
+    def status(self) -> str:
+        """How the stage ended; empty while it runs."""
+        return self._end[0] if self._end is not None else ""
 
     def flush(self) -> None:
         """Forward everything that is known so far."""
@@ -65,10 +85,13 @@ class Recorder:
         if self._tracker is None:
             self._tracker = self._connect()
         if self.ids is None:
-            self.ids = self._tracker.start(self._start)
-        while batch := self._next_batch():
-            self._tracker.log(self.ids, [point for point, _ in batch])
-            self._offset = batch[-1][1]
+            self.ids = self._tracker.start(self._start, self._known)
+        # A batch that could not be sent is sent again as it was.
+        while batch := self._batch or self._points.take(POINTS_IN_A_BATCH):
+            self._batch = batch
+            self._tracker.log(self.ids, batch)
+            self._batch = []
+            self.num_points += len(batch)
         while self._links:
             self._tracker.link(self.ids, self._links[0])
             self._links.pop(0)
@@ -80,13 +103,9 @@ class Recorder:
         """Close the run, if there is one, though not everything of it was said."""
         if self._tracker is None or self.ids is None or self._end is None:
             return
-        status, tags = self._end
+        status, tags, ended = self._end
         with suppress(Exception):
-            self._tracker.finish(self.ids, status, {**tags, "metaloom.incomplete": "true"})
-
-    def _next_batch(self) -> list[tuple[Point, int]]:
-        points = read_points(self._journal, self._offset)
-        return [found for found, _ in zip(points, range(POINTS_IN_A_BATCH), strict=False)]
+            self._tracker.finish(self.ids, status, {**tags, INCOMPLETE_TAG: "true"}, ended)
 
 
 @dataclass(frozen=True)
@@ -157,16 +176,19 @@ def _take(
             recorder.accept(events.get_nowait())
     except queue.Empty:
         if not recorder.ending and not stage_lives():
-            recorder.accept(_killed())
+            recorder.accept(killed())
 
 
-def _killed() -> dict[str, Any]:
-    return {"event": "end", "status": KILLED, "tags": {"error": "the stage was killed"}}
+def killed(at: float | None = None) -> dict[str, Any]:
+    """The end of a stage that could not say so itself."""
+    event = stamped("end", status=KILLED, tags={"error": "the stage was killed"})
+    return event if at is None else {**event, "time": at}
 
 
 def main() -> None:
     """Serve one stage."""
     root, journal = Path(sys.argv[1]), Path(sys.argv[2])
+    kept = Kept(journal)
     # Libraries print to standard output (run links, progress); only the ids belong there.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
@@ -179,10 +201,11 @@ def main() -> None:
         for line in sys.stdin:
             event = json.loads(line)
             if event["event"] == "start":
-                run = {**event["run"], "pipeline": pipeline, "owner": owner, "process": process}
-                event = {**event, "run": run}
+                here = {"pipeline": pipeline, "owner": owner, "process": process}
+                event = {**event, "run": {**event["run"], **here}}
+                kept.write(event)
             events.put(event)
-        events.put(_killed())
+        events.put(killed())
 
     def connect() -> Tracker:
         from pipeline.runtime.mlflow_tracker import MlflowTracker
@@ -190,6 +213,7 @@ def main() -> None:
         return MlflowTracker(root)
 
     def tell(ids: RunIds) -> None:
+        kept.write(stamped("runs", **asdict(ids)))
         try:
             print(json.dumps(asdict(ids)), file=replies, flush=True)
         except BrokenPipeError:
@@ -200,13 +224,16 @@ def main() -> None:
 
     threading.Thread(target=read, daemon=True, name="events").start()
     recorder = Recorder(connect, journal)
+    for event in read_events(journal):
+        if event["event"] == "runs":  # of a recorder before this one
+            recorder.accept(event)
     complete = record(
         recorder, events, on_start=tell, stage_lives=lambda: os.getppid() == stage_pid, warn=warn
     )
-    if complete:
-        journal.unlink(missing_ok=True)
-    else:
-        warn(f"not everything was recorded in MLflow; {journal} keeps the metrics.")
+    if not complete:
+        warn(kept_message(journal, sum(1 for _ in read_points(journal))))
+        sys.exit(GAVE_UP)
+    forget(journal)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,8 @@ one. With METALOOM_STORAGE there is one more copy in an object store.
 from __future__ import annotations
 
 import json
-import os
+import secrets
 import time
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipeline.core.errors import PipelineError, StorageError
 from pipeline.runtime.checkpoint import (
     Checkpoint,
     load_checkpoint,
@@ -32,6 +32,7 @@ from pipeline.runtime.mirror import Mirror, storage_from_environment
 
 _SLOW_SECONDS = 1.0
 _STATE = "state"
+_TOKEN = ".main-"
 
 
 class Keeper:
@@ -46,9 +47,10 @@ class Keeper:
     def __enter__(self) -> Keeper:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self._mirror is not None:
-            self._mirror.close()
+            # After a fault the workers are started again, and that should not wait for a store.
+            self._mirror.close(flush=kind is None or issubclass(kind, PipelineError))
 
     def resume(self) -> Checkpoint | None:
         """The newest good checkpoint that any host, or the store, has; on every worker.
@@ -99,15 +101,25 @@ class Keeper:
         context = self._context
         first = torch.tensor([int(context.local_rank == 0)], device=context.device)
         hosts = int(gather_shares(first, context.world_size, context).sum())
-        if hosts <= 1 or context.store is None:
+        if hosts <= 1:
             return context.is_main
-        if context.is_main:
-            token = f".main-{uuid.uuid4().hex}"
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for old in self._folder.glob(".main-*"):
-                old.unlink()
-            (self._folder / token).touch()
-            context.store.set("folder", token)
-        token = os.fsdecode(context.store.get("folder"))
-        shared = (self._folder / token).exists()
+        token = self._leave_token() if context.is_main else 0
+        own = torch.tensor([token], device=context.device)
+        token = int(gather_shares(own, context.world_size, context).max())
+        shared = (self._folder / f"{_TOKEN}{token}").exists()
         return context.is_main or (context.local_rank == 0 and not shared)
+
+    def _leave_token(self) -> int:
+        """A file that nobody else makes: who sees it, sees this folder."""
+        token = 1 + secrets.randbits(62)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for old in self._folder.glob(f"{_TOKEN}*"):
+                old.unlink()
+            (self._folder / f"{_TOKEN}{token}").touch()
+        except OSError as error:
+            raise StorageError(
+                f"cannot write into {self._folder}: {error}. Free some space or mend the disk, "
+                "then run the same command again."
+            ) from error
+        return token

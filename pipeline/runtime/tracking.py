@@ -13,6 +13,7 @@ import os
 import select
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,16 @@ from pydantic import BaseModel
 
 from pipeline.core.errors import TrainingError
 from pipeline.runtime import lineage
-from pipeline.runtime.journal import Journal, Point
+from pipeline.runtime.journal import Journal, Point, read_points
+from pipeline.runtime.kept import Kept, journal_folder, stamped
 
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 FLUSH_SECONDS = 90.0
 """How long the end of a stage waits for its recorder; the recorder gives up earlier by itself."""
+GAVE_UP = 3
+"""Exit status of a recorder that has said itself what it could not send."""
+INCOMPLETE_TAG = "metaloom.incomplete"
+"""On a run whose points did not all arrive; `metaloom upload` sends them and takes it off."""
 IDS_SECONDS = 30.0
 """How long to wait for the ids of a run that has just begun."""
 
@@ -51,6 +57,8 @@ class RunStart:
     stage: str
     key: str
     """Unique: starting the same run twice gives the run that is already there."""
+    began: float = 0.0
+    """Seconds since the epoch; 0 for now."""
     pipeline: str = ""
     """What all stages of one pipeline run share."""
     owner: str = ""
@@ -73,8 +81,12 @@ class RunIds:
 class Tracker(Protocol):
     """A tracking server. Every call may be repeated: the second time changes nothing."""
 
-    def start(self, run: RunStart) -> RunIds:
-        """Open the stage's run, and the pipeline's if it has none yet."""
+    def start(self, run: RunStart, known: RunIds | None = None) -> RunIds:
+        """Open the stage's run, and the pipeline's if it has none yet.
+
+        Args:
+            known: where an earlier recorder had begun it; gone on with if this server has it.
+        """
 
     def log(self, ids: RunIds, points: Sequence[Point]) -> None:
         """Record metric points."""
@@ -89,8 +101,12 @@ class Tracker(Protocol):
             For every stage without a run of its own here: the run that made it, or `unknown`.
         """
 
-    def finish(self, ids: RunIds, status: str, tags: Mapping[str, str]) -> None:
-        """Close the stage's run, and the pipeline's until its next stage opens it again."""
+    def finish(self, ids: RunIds, status: str, tags: Mapping[str, str], ended: float) -> None:
+        """Close the stage's run, and the pipeline's until its next stage opens it again.
+
+        Args:
+            ended: when the stage did, in seconds since the epoch.
+        """
 
 
 @dataclass
@@ -106,7 +122,7 @@ class MemoryTracker:
     finished: dict[str, tuple[str, Mapping[str, str]]] = field(default_factory=dict)
     """Status and tags, by child run."""
 
-    def start(self, run: RunStart) -> RunIds:
+    def start(self, run: RunStart, known: RunIds | None = None) -> RunIds:
         """Open a run."""
         self.started[run.key] = run
         return RunIds(parent=run.pipeline, child=run.key)
@@ -127,7 +143,7 @@ class MemoryTracker:
         self.linked[ids.parent] = makers
         return makers
 
-    def finish(self, ids: RunIds, status: str, tags: Mapping[str, str]) -> None:
+    def finish(self, ids: RunIds, status: str, tags: Mapping[str, str], ended: float) -> None:
         """Close a run."""
         self.finished[ids.child] = (status, tags)
 
@@ -148,14 +164,16 @@ class StageRun:
     """A running stage's side of its record."""
 
     def __init__(self, root: Path, start: RunStart) -> None:
-        self.journal = root / ".metaloom" / "journal" / f"{start.stage}-{start.key[:12]}.jsonl"
+        self.journal = journal_folder(root) / f"{start.stage}-{start.key[:12]}.jsonl"
         """Rank 0 appends points here; they are forwarded while the stage runs."""
         self.start = start
         self._root = root
         self._points = Journal(self.journal)
+        self._kept = Kept(self.journal) if _is_wanted() else None
         self._recorder = _start_recorder(root, self.journal)
         self._ids: RunIds | None = None
-        self._send({"event": "start", "run": asdict(start)})
+        self._events: list[dict[str, Any]] = []
+        self._tell(stamped("start", run=asdict(start)))
 
     @property
     def ids(self) -> RunIds | None:
@@ -174,27 +192,30 @@ class StageRun:
         for stage, paths in lineage.pipeline_outputs(self._root).items():
             hashes = {path: lineage.content_hash(self._root / path) for path in paths}
             outputs[stage] = {path: digest for path, digest in hashes.items() if digest}
-        self._send({"event": "link", "outputs": outputs})
+        self._tell(stamped("link", outputs=outputs))
 
     def finish(self, status: str, tags: Mapping[str, str]) -> None:
         """Close the run and wait, within a bound, until everything is recorded."""
         self._points.close()
-        self._send({"event": "end", "status": status, "tags": dict(tags)})
-        if self._recorder is None:
-            return
-        assert self._recorder.stdin
-        _close_quietly(self._recorder.stdin)
-        try:
-            self._recorder.wait(FLUSH_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._recorder.kill()
-            self._recorder.wait()
-            _warn(
-                f"the recorder did not end in {FLUSH_SECONDS:.0f} s; "
-                f"{self.journal} keeps the metrics."
-            )
-        if self._recorder.stdout:
-            self._recorder.stdout.close()
+        self._tell(stamped("end", status=status, tags=dict(tags)))
+        status_of_recorder = _await_end(self._recorder)
+        if status_of_recorder not in {0, GAVE_UP, None}:
+            # It was killed. Another one says everything again; what is there already stays once.
+            self._recorder = _start_recorder(self._root, self.journal)
+            for event in self._events:
+                self._send(event)
+            status_of_recorder = _await_end(self._recorder)
+        if status_of_recorder not in {0, GAVE_UP}:
+            _warn(kept_message(self.journal, sum(1 for _ in read_points(self.journal))))
+        if self._kept is not None:
+            self._kept.close()
+
+    def _tell(self, event: dict[str, Any]) -> None:
+        """Keep an event, for a later recorder or upload, and send it to the present recorder."""
+        if self._kept is not None:
+            self._kept.write(event)
+        self._events.append(event)
+        self._send(event)
 
     def _send(self, event: dict[str, Any]) -> None:
         if self._recorder is None or self._recorder.stdin is None:
@@ -203,8 +224,17 @@ class StageRun:
             self._recorder.stdin.write(json.dumps(event).encode() + b"\n")
             self._recorder.stdin.flush()
         except (BrokenPipeError, ValueError):
-            # The recorder has died and said why; the stage goes on without it.
+            # The recorder has died; the stage goes on, and its end starts another one.
             return
+
+
+def kept_message(journal: Path, num_points: int) -> str:
+    """What is said when a run could not be recorded whole."""
+    return (
+        f"MLflow did not take all of this run: its {num_points:,} points, settings and how it "
+        f"ended are kept in {journal} and beside it. `metaloom upload` sends them when MLflow is "
+        "back."
+    )
 
 
 @contextmanager
@@ -259,6 +289,7 @@ def _describe(
     return RunStart(
         stage=stage,
         key=uuid.uuid4().hex,
+        began=time.time(),
         params=lineage.flatten(config.model_dump(mode="json")),
         tags={
             "git.commit": git.commit,
@@ -290,15 +321,39 @@ def _refuse_changed_params(stage: str, before: str, after: str) -> None:
         )
 
 
+def _is_wanted() -> bool:
+    return os.environ.get(_SWITCH, "on").lower() not in {"off", "0", "false", "no"}
+
+
+def _await_end(recorder: subprocess.Popen[bytes] | None) -> int | None:
+    """Wait, within a bound, until a recorder that knows the end is done.
+
+    Returns:
+        Its exit status; None when it had to be stopped. Where there is none nothing is wanting.
+    """
+    if recorder is None:
+        return 0
+    assert recorder.stdin and recorder.stdout
+    _close_quietly(recorder.stdin)
+    try:
+        return recorder.wait(FLUSH_SECONDS)
+    except subprocess.TimeoutExpired:
+        recorder.kill()
+        recorder.wait()
+        return None
+    finally:
+        recorder.stdout.close()
+
+
 def _start_recorder(root: Path, journal: Path) -> subprocess.Popen[bytes] | None:
-    if os.environ.get(_SWITCH, "on").lower() in {"off", "0", "false", "no"}:
+    if not _is_wanted():
         return None
     missing = [name for name in ("mlflow", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         names = " and ".join(missing)
         _warn(
-            f"{names} not installed: runs are not recorded. "
-            "Install with `pip install 'metaloom[track]'`."
+            f"{names} not installed: runs are not recorded, only kept in {journal.parent}. "
+            "Install with `pip install 'metaloom[track]'`; `metaloom upload` then sends them."
         )
         return None
     command = [sys.executable, "-m", "pipeline.runtime.recorder", str(root), str(journal)]

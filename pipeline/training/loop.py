@@ -6,9 +6,10 @@ V values: all parameters as one vector. G groups, T items per group.
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -20,8 +21,10 @@ from pipeline.core.errors import StoppedError, TrainingError
 from pipeline.core.types import Params
 from pipeline.engine.learner import Learner
 from pipeline.runtime.agreement import check_agreement
+from pipeline.runtime.checkpoint import Checkpoint
 from pipeline.runtime.collectives import barrier, owned_groups
 from pipeline.runtime.context import Context
+from pipeline.runtime.journal import Point
 from pipeline.runtime.logs import Bar, progress, say
 from pipeline.runtime.metric_log import MetricLog
 from pipeline.runtime.resume import Keeper
@@ -46,6 +49,8 @@ from pipeline.training.steps import Step, take_step
 from pipeline.training.stragglers import Stragglers
 
 _SPIKE_WINDOW = 32
+_TOLD = "told"
+"""In a checkpoint: the metrics of the steps since the one before"""
 
 
 class OuterConfig(Section):
@@ -114,7 +119,8 @@ def optimise(
     with Keeper(checkpoints, context) as keeper:
         saved = keeper.resume()
         state = fresh_state(start) if saved is None else restored_state(saved, context.device)
-        snapshot = state
+        snapshot, recent = state, list[Point]()
+        _tell_again(saved, log, context)
         with _show(label, program, config, state, context) as bar, feed:
             pace = Pace(program.unit, lambda: feed.waited_seconds)
             while state.progress.step < config.num_steps and state.progress.stopped is None:
@@ -133,11 +139,12 @@ def optimise(
                 if _is_due(state, config, config.validate_every):
                     state = _validated(state, program, start, validate, config)
                     pace.restart()
+                recent.append(_reported(state, rates, log, bar, per_step, context))
                 ends = step.stop or state.progress.stopped is not None
                 if ends or _is_due(state, config, config.checkpoint_every):
                     snapshot = state
-                    stopping = _checkpointed(state, keeper, log, context) or step.stop
-                _report(state, rates, log, bar, per_step, context)
+                    stopping = _checkpointed(state, recent, keeper, log, context) or step.stop
+                    recent = []
                 if stopping:
                     break
     barrier()
@@ -147,12 +154,22 @@ def optimise(
     return state
 
 
-def _checkpointed(state: TrainState, keeper: Keeper, log: MetricLog, context: Context) -> bool:
+def _checkpointed(
+    state: TrainState, recent: list[Point], keeper: Keeper, log: MetricLog, context: Context
+) -> bool:
     """Keep a state that all workers agree on; True if their machines want them to stop."""
     tensors, values = state.checkpoint()
     check_agreement(tensors, state.progress.step, context)
-    keeper.save(state.progress.step, tensors, values)
+    told = [asdict(point) for point in recent]
+    keeper.save(state.progress.step, tensors, {**values, _TOLD: told})
     return log.flush(state.progress.step)
+
+
+def _tell_again(saved: Checkpoint | None, log: MetricLog, context: Context) -> None:
+    """What was told before the checkpoint may have been on its way when the workers ended."""
+    if saved is not None and context.is_main:
+        for told in saved.state[_TOLD]:
+            log.write(Point(**told))
 
 
 def _incident(
@@ -266,21 +283,25 @@ def _validated(
     return replace(state, best=best, progress=replace(at, history=history, stopped=stopped))
 
 
-def _report(
+def _reported(
     state: TrainState,
     rates: dict[str, float],
     log: MetricLog,
     bar: Bar,
     per_step: int,
     context: Context,
-) -> None:
+) -> Point:
+    """Show a step, and record it on the main worker."""
     entry = state.progress.history[-1]
+    metrics = {n: float(v) for n, v in entry.items() if n != "step"} | rates
+    point = Point(entry["step"], time.time(), metrics)
     if context.is_main:
-        log.write(entry["step"], {n: float(v) for n, v in entry.items() if n != "step"} | rates)
+        log.write(point)
     bar.note(loss=entry["loss"], data_wait=f"{rates['data_wait_fraction']:.1%}")
     if "val_accuracy" in entry:
         bar.note(val_accuracy=entry["val_accuracy"])
     bar.advance(per_step)
+    return point
 
 
 class _Silent:

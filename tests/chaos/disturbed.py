@@ -17,14 +17,16 @@ import psutil
 
 from pipeline.launch.base import Job
 from pipeline.runtime.checkpoint import newest_step
+from pipeline.runtime.context import SINGLE
 from pipeline.runtime.journal import read_points
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import MetaTrainJob
+from pipeline.training.meta_train import run as run_meta_training
 from tests.chaos.campaign import Try
 from tests.contract.drive import REPOSITORY, outcome, start
 from tests.distributed.small_run import digest, make_job
 
-NUM_STEPS, CHECKPOINT_EVERY = 400, 20
+NUM_STEPS, CHECKPOINT_EVERY = 240, 12
 ENTRY = "pipeline.training.meta_train:run"
 _PATIENCE_SECONDS = 150.0
 _WORKER = "pipeline.launch.worker"
@@ -32,7 +34,7 @@ _WORKER = "pipeline.launch.worker"
 
 def long_job(folder: Path, store: Store, tasks: Path, **changes: Any) -> MetaTrainJob:
     """A run of some seconds, so that there is time to disturb it."""
-    settings = {"num_steps": NUM_STEPS, "checkpoint_every": CHECKPOINT_EVERY, "validate_every": 200}
+    settings = {"num_steps": NUM_STEPS, "checkpoint_every": CHECKPOINT_EVERY, "validate_every": 120}
     return make_job(folder, store, tasks, **{**settings, **changes})
 
 
@@ -83,8 +85,8 @@ class Disturbed:
         """Process ids of the living workers, by rank."""
         assert self.driver is not None
         if self._launcher == "ray_train":
-            told = re.findall(r"pid=(\d+)\) world_rank=(\d+)", self.log())
-            return {int(r): int(pid) for pid, r in told if psutil.pid_exists(int(pid))}
+            told = re.findall(r'"rank": (\d+), "process": (\d+)', self.log())
+            return {int(r): int(pid) for r, pid in told if psutil.pid_exists(int(pid))}
         found = {}
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error, KeyError, ValueError):
@@ -153,11 +155,18 @@ class Disturbed:
         return max((behind for _, behind in read_points(self.job.journal)), default=0)
 
 
-def undisturbed(folder: Path, store: Store, tasks: Path, **changes: Any) -> tuple[Any, Any]:
-    """Metrics and bits of the run that nothing disturbs."""
-    run = Disturbed(long_job(folder, store, tasks, **changes), "local")
-    run.start(2)
-    return run.end(), digest(run.job)
+def undisturbed(
+    folder: Path, store: Store, tasks: Path, *, num_steps: int = NUM_STEPS
+) -> tuple[Any, Any]:
+    """Metrics and bits of the run that nothing disturbs, in this process; made once."""
+    key = (store.folder, tasks, num_steps)
+    if key not in _UNDISTURBED:
+        job = long_job(folder, store, tasks, num_steps=num_steps)
+        _UNDISTURBED[key] = run_meta_training(job, SINGLE), digest(job)
+    return _UNDISTURBED[key]
+
+
+_UNDISTURBED: dict[tuple[Path, Path, int], tuple[Any, Any]] = {}
 
 
 def kill_worker(run: Disturbed, rng: random.Random, rank: int | None) -> Try | None:
@@ -165,9 +174,10 @@ def kill_worker(run: Disturbed, rng: random.Random, rank: int | None) -> Try | N
     if not run.wait_for_steps(rng.randint(1, 3 * CHECKPOINT_EVERY)):
         return None
     time.sleep(rng.uniform(0, 0.02))  # anywhere in a step, or in the writing of a checkpoint
-    pids = run.workers()
-    if not pids:
-        return None
+    while not (pids := run.workers()) or (rank is not None and rank not in pids):
+        if not run.is_running():
+            return None
+        time.sleep(0.05)  # Ray brings what its workers print after a while
     before, told = run.steps(), run.restarts_told()
     begin = time.monotonic()
     run.kill([pids[rng.choice(sorted(pids)) if rank is None else rank]])

@@ -16,7 +16,7 @@ from pipeline.runtime.checkpoint import newest_step
 from pipeline.runtime.mirror import Storage, clear_everywhere, upload_checkpoints
 from pipeline.store.reader import Store
 from tests.chaos.campaign import Campaign, Try, tries
-from tests.chaos.disturbed import CHECKPOINT_EVERY, Disturbed, long_job, undisturbed
+from tests.chaos.disturbed import CHECKPOINT_EVERY, NUM_STEPS, Disturbed, long_job, undisturbed
 from tests.distributed.small_run import digest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
@@ -77,7 +77,7 @@ def test_the_store_is_gone_for_a_while(
     """Training goes on, and in the end the store has the last checkpoint."""
     found = campaign("S3 gone for a while")
     seconds = tries(ci=10, full=120)
-    steps = 400 if seconds < 60 else 6000
+    steps = NUM_STEPS if seconds < 60 else 20 * NUM_STEPS
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks, num_steps=steps)
     job = long_job(tmp_path / "run", blob_store, blob_tasks, num_steps=steps)
     run = Disturbed(job, "local")
@@ -125,7 +125,7 @@ def test_the_store_is_gone_for_good(
     upload_checkpoints(job.checkpoints.parent)
     assert Storage(place).names(f"checkpoints/{job.checkpoints.name}")[-1] == f"step-{last:08d}"
     outcome = Try(before, survived=True, bits_equal=equal, steps_lost=0)
-    found.add(dataclasses.replace(outcome, survived=last == 400))
+    found.add(dataclasses.replace(outcome, survived=last == NUM_STEPS))
 
 
 def test_a_new_machine_does_not_begin_anew_while_the_store_is_silent(

@@ -16,15 +16,25 @@ from pipeline.core.errors import PipelineError
 from pipeline.launch.base import Job
 from pipeline.launch.table import LAUNCHERS
 from pipeline.launch.worker import resolve
+from pipeline.runtime.tracking import stage_run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def start(
-    name: str, job: Job, folder: Path, environment: Mapping[str, str] | None = None
+    name: str,
+    job: Job,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    record: Path | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Begin a job under a launcher, in the present folder."""
-    write_drive(name, job, folder)
+    """Begin a job under a launcher, in the present folder.
+
+    Args:
+        record: a folder to record it in as a stage does, with MLflow's database there.
+    """
+    write_drive(name, job, folder, record=record)
     path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     with (folder / "drive.log").open("ab") as log:
         return subprocess.Popen(
@@ -35,7 +45,7 @@ def start(
         )
 
 
-def write_drive(name: str, job: Job, folder: Path) -> None:
+def write_drive(name: str, job: Job, folder: Path, *, record: Path | None = None) -> None:
     """What `python -m tests.contract.drive FOLDER` is to do."""
     folder.mkdir(parents=True, exist_ok=True)
     kind = type(job.config)
@@ -44,6 +54,7 @@ def write_drive(name: str, job: Job, folder: Path) -> None:
         "job": {**job._asdict(), "outputs": list(map(str, job.outputs)), "config": None},
         "kind": f"{kind.__module__}:{kind.__qualname__}",
         "config": job.config.model_dump(mode="json"),
+        "record": None if record is None else str(record),
     }
     (folder / "drive.json").write_text(json.dumps(told))
 
@@ -73,8 +84,14 @@ def main() -> None:
     config = resolve(told["kind"]).model_validate(told["config"])
     outputs = tuple(map(Path, told["job"]["outputs"]))
     job = Job(**{**told["job"], "config": config, "outputs": outputs})
+    launcher = LAUNCHERS[told["name"]]
     try:
-        answer = {"result": LAUNCHERS[told["name"]](job, folder / "launch")}
+        if told["record"] is None:
+            answer = {"result": launcher(job, folder / "launch")}
+        else:
+            with stage_run("meta_train", config, root=Path(told["record"])) as run:
+                recorded = config.model_copy(update={"journal": run.journal})
+                answer = {"result": launcher(job._replace(config=recorded), folder / "launch")}
     except PipelineError as error:
         answer = {"error": type(error).__name__, "message": str(error)}
     (folder / "outcome.json").write_text(json.dumps(answer))

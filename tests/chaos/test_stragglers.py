@@ -1,0 +1,63 @@
+"""A slow worker or a slow disk: tasks/s falls, nothing is lost, the log says who it is."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from pipeline.launch.base import Job
+from pipeline.launch.local import launch_local
+from pipeline.runtime.journal import read_points
+from pipeline.store.reader import Store
+from pipeline.training.meta_train import MetaTrainJob
+from tests.chaos.campaign import Campaign, Try
+from tests.distributed.broken import Slow
+from tests.distributed.small_run import digest, make_job
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+
+_STEPS, _DELAY = 24, 0.15
+
+
+def rate(job: MetaTrainJob) -> float:
+    points = [point.metrics for point, _ in read_points(job.journal)]
+    return statistics.median(p["tasks_per_second"] for p in points if "tasks_per_second" in p)
+
+
+def stragglers(errors: str) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == "straggler"]
+
+
+@pytest.mark.parametrize(("what", "why"), [("compute", "computes"), ("data", "waits for its data")])
+def test_the_log_says_who_is_slow_and_the_bits_stay(
+    what: Literal["compute", "data"],
+    why: str,
+    blob_store: Store,
+    blob_tasks: Path,
+    tmp_path: Path,
+    campaign: Callable[[str], Campaign],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    jobs = {
+        name: make_job(tmp_path / name, blob_store, blob_tasks, num_steps=_STEPS)
+        for name in ("quick", "slow")
+    }
+    quick = Job("pipeline.training.meta_train:run", jobs["quick"], 2)
+    metrics = launch_local(quick, tmp_path / "launch-quick")
+    capfd.readouterr()
+    plan = Slow(job=jobs["slow"], rank=1, seconds=_DELAY, what=what)
+    slow = Job("tests.distributed.broken:slowed", plan, 2)
+    result = launch_local(slow, tmp_path / "launch-slow")
+    told = stragglers(capfd.readouterr().err)
+    rates = {name: rate(job) for name, job in jobs.items()}
+    named = bool(told) and all(s["worker"] == 1 and s["why"].startswith(why) for s in told)
+    equal = result == metrics and digest(jobs["slow"]) == digest(jobs["quick"])
+    record = campaign(f"one worker slow: {what}")
+    record.notes |= {"tasks_per_second": {n: round(r, 1) for n, r in rates.items()}}
+    record.add(Try(_STEPS, named and rates["slow"] < rates["quick"], equal, 0))
