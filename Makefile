@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.bench-installed
+CLUSTER_STAMP := $(VENV)/.cluster-installed
+SIZE ?= ci
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: help setup repro test test-slow lint format bench bench-check ui clean doctor
+.PHONY: help setup repro test test-slow test-cluster cluster-up cluster-down chaos
+.PHONY: lint format bench bench-check ui clean doctor
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -27,10 +30,26 @@ repro: $(STAMP)  ## from nothing to a promoted model: runs every stage that has 
 	metaloom release
 
 test: $(STAMP)  ## the whole test suite, apart from the long campaigns
-	python -m pytest -m 'not slow' --numprocesses 2 --dist loadfile
+	python -m pytest -m 'not slow and not cluster and not chaos' --numprocesses 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the long campaigns
-	python -m pytest -m slow
+	python -m pytest -m 'slow and not cluster and not chaos'
+
+cluster-up: $(CLUSTER_STAMP)  ## PostgreSQL, S3, MLflow and two Ray nodes on this machine alone
+	python -m infra.local up
+
+cluster-down:  ## stop them; their data stays in .metaloom/cluster
+	if [ -x $(BIN)/python ]; then python -m infra.local down; fi
+
+test-cluster: $(CLUSTER_STAMP)  ## tests against those servers, and of what may break
+	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/contract tests/cluster tests/chaos -m '(cluster or chaos) and not slow'
+
+chaos: $(CLUSTER_STAMP)  ## break everything (SIZE=full: the nightly size): results/chaos.json
+	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/chaos
+
+$(CLUSTER_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,s3,servers]'
+	touch $(CLUSTER_STAMP)
 
 lint: $(STAMP)  ## ruff, mypy --strict, import-linter
 	ruff check .

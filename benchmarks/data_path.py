@@ -1,7 +1,8 @@
 """The way of the data alone, without any training: `python -m benchmarks.data_path`.
 
 Index sampling; gathering against memcpy; the whole path (sample, gather, normalise, cut into
-tasks); and, against stores of growing size (case 10), the whole path and training by it. One core,
+tasks); and, against stores of growing size (case 10), opening, sampling, the whole path and
+training by it, with the memory that it takes. One core,
 5-way 1-shot 15-query episodes of 28x28 grey pictures. Prints a table and writes
 benchmarks/results/data_path.json. Contestants of a case take turns, round by round.
 
@@ -12,8 +13,10 @@ two minutes: `--sizes 1000,10000` leaves it out.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import math
+import re
 import shutil
 import statistics
 import tempfile
@@ -54,6 +57,7 @@ _OUT_OF_CACHE = 256 * 2**20
 """Bytes that no processor's cache holds."""
 _GROUPS, _TASKS_PER_GROUP = 8, 4
 _DRAWN_AT_ONCE = 256
+_GROWTH_STEPS = 40
 _CPU = torch.device("cpu")
 
 
@@ -75,7 +79,13 @@ class Row(Section):
     """Read plus written, where the case moves pictures unchanged"""
     store_rows: int | None = None
     open_seconds: float | None = None
-    """To open the store, which verifies every byte"""
+    """To open the store; up to 1 GiB that verifies every byte"""
+    verify_seconds: float | None = None
+    """To verify every shard that was not yet, as the first meta-batches do"""
+    open_bytes: int | None = None
+    """Memory of its own that the process took to open it; a map of a file is none"""
+    growth_bytes: int | None = None
+    """The same, for some thousand episodes by the whole path after the first"""
 
 
 class Effort(NamedTuple):
@@ -106,6 +116,13 @@ def main() -> None:
         store = open_store(folder)
         rows = sampling(store, effort) + gathering(store, effort) + whole_path(store, effort)
     rows += store_sizes(sizes, effort)
+    for row in rows:
+        if row.open_seconds is not None and row.case.startswith("store size, sampling"):
+            print(
+                f"{row.store_rows:>12,} rows: open {row.open_seconds:.3f} s, "
+                f"{(row.open_bytes or 0) / 1e6:.0f} MB; verify all {row.verify_seconds:.2f} s; "
+                f"growth {(row.growth_bytes or 0) / 1e6:.1f} MB"
+            )
     for row in rows:
         moved = f"{row.bytes_per_second / 1e9:8.2f} GB/s" if row.bytes_per_second else ""
         rate = f"{row.tasks_per_second:>12,.0f} ({row.minimum:,.0f} to {row.maximum:,.0f})"
@@ -219,26 +236,52 @@ def _feed(store: Store) -> Feed[HostEpisodes, list[Task]]:
 def store_sizes(sizes: Sequence[int], effort: Effort) -> list[Row]:
     """The whole path, and training by it, against stores of growing size: all open, in turn."""
     with ExitStack() as stack:
-        stores, seconds = [], []
+        stores, known = [], []
         for size in sizes:
-            folder = stack.enter_context(synthetic_store(size))
-            start = time.perf_counter()
-            stores.append(open_store(folder))
-            seconds.append(time.perf_counter() - start)
+            store, facts = _opened(stack.enter_context(synthetic_store(size)))
+            stores.append(store)
+            known.append({"store_rows": size, **facts})
         rows = []
         for case, work in (
+            ("store size, sampling 5w1s15q", _episode_sampler),
             ("store size, whole path 5w1s15q", _feeder),
             ("store size, training ProtoNet Conv4-64 5w1s15q", _trainer),
         ):
             named = zip(sizes, stores, strict=True)
             contestants = {f"metaloom, {size:,} rows": work(store) for size, store in named}
             found = _contest(case, contestants, effort, dtype="fp32")
-            facts = zip(found, sizes, seconds, strict=True)
-            rows += [
-                row.model_copy(update={"store_rows": size, "open_seconds": opening})
-                for row, size, opening in facts
-            ]
+            facts = zip(found, known, strict=True)
+            rows += [row.model_copy(update=about) for row, about in facts]
     return rows
+
+
+def _opened(folder: Path) -> tuple[Store, dict[str, float]]:
+    """Open a store; what that took in time and memory, and what using it does."""
+    gc.collect()
+    memory, start = _own_memory(), time.perf_counter()
+    store = open_store(folder)
+    opening, opened = time.perf_counter() - start, _own_memory()
+    start = time.perf_counter()
+    store.gather(np.arange(0, store.num_rows, _ROWS_PER_SHARD))
+    verifying = time.perf_counter() - start
+    work = _feeder(store)
+    _rate(work, 0.2)
+    before = _own_memory()
+    for _ in range(_GROWTH_STEPS):
+        work()
+    facts = {"open_seconds": opening, "verify_seconds": verifying, "open_bytes": opened - memory}
+    return store, {**facts, "growth_bytes": _own_memory() - before}
+
+
+def _own_memory() -> int:
+    """Bytes of this process that are no map of a file."""
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"RssAnon:\s+(\d+) kB", status)
+    return 1024 * int(found[1]) if found else 0
+
+
+def _episode_sampler(store: Store) -> Work:
+    return _sampler(store, _EPISODE)
 
 
 def _trainer(store: Store) -> Work:

@@ -3,8 +3,8 @@
     python -m benchmarks.faults [--launchers local,torchrun,ray_train] [--rounds 3]
 
 Runs the same meta-training under each launcher in turn, with clocks around everything that a run
-does for the sake of faults, on its main worker: writing checkpoints; comparing the workers' numbers;
-looking at every group's norm for incidents and at every worker's time for stragglers. Ray runs on
+does for the sake of faults, on its main worker: writing checkpoints; comparing the workers'
+numbers; looking at every group's norm for incidents and at every worker's time for stragglers. Ray runs on
 the cluster of RAY_ADDRESS, or on one that is started for it.
 """
 
@@ -151,9 +151,10 @@ def main() -> None:
     base = found[names[0]]["tasks_per_second"]
     for name, row in found.items():
         shares = ", ".join(f"{what} {part:.2%}" for what, part in row["share_of_the_run"].items())
+        rate = row["tasks_per_second"]
         print(
-            f"{name:10} {row['tasks_per_second']:7.2f} tasks/s ({row['tasks_per_second'] / base:.2f}"
-            f" of {names[0]}), third step after {row['seconds_to_the_third_step']:.1f} s; {shares}"
+            f"{name:10} {rate:7.2f} tasks/s ({rate / base:.2f} of {names[0]}), third step after "
+            f"{row['seconds_to_the_third_step']:.1f} s; {shares}"
         )
     write_json(RECORD, {"workers": options.workers, "steps": options.steps, "launchers": found})
 

@@ -7,18 +7,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-import textwrap
 import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from pipeline.core.config import load_section, load_value
 from pipeline.core.errors import MachineError, RegistryError
 from pipeline.core.files import read_json
-from pipeline.evaluation.order import by_size
 from pipeline.runtime.logs import run_main
 
 RECORD = Path("results/deploy/release.json")
@@ -81,6 +80,7 @@ def release(as_json: AsJson = False) -> None:
     """
     from pipeline.deploy.registry import Registry
     from pipeline.deploy.release import DeployConfig, Sources, deploy, refuse_failed_smoke
+    from pipeline.deploy.summary import summary
 
     config = load_section(PARAMS, "deploy", DeployConfig)
     record = read_json(RECORD)
@@ -95,7 +95,8 @@ def release(as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(record, indent=2))
     else:
-        print(_summary(record, read_json(METRICS).get(record["domain"], {})))
+        numbers = read_json(METRICS).get(record["domain"], {})
+        print(summary(record, numbers, _command_name()))
 
 
 @app.command()
@@ -110,7 +111,8 @@ def promote(
     registered. The old champion stays registered as @previous; `metaloom rollback` brings it back.
     Moving the alias in MLflow does the same, without these checks.
     """
-    from pipeline.deploy.registry import CHALLENGER, Registry
+    from pipeline.deploy.champions import CHALLENGER
+    from pipeline.deploy.registry import Registry
 
     registry = Registry(Path.cwd(), model or _model_name())
     number = version if version is not None else registry.aliases().get(CHALLENGER)
@@ -118,10 +120,7 @@ def promote(
         raise RegistryError(
             f"{registry.name} has no challenger. Name the version: `metaloom promote VERSION`."
         )
-    chosen = registry.version(number)
-    with tempfile.TemporaryDirectory() as scratch:
-        registry.fetch(chosen, Path(scratch) / "bundle")
-    old = registry.promote(chosen)
+    old = registry.promote(registry.version(number))
     was = f"; version {old.number} is @previous" if old else ""
     _say(as_json, f"{registry.name}: version {number} is @champion{was}.", registry.aliases())
 
@@ -138,6 +137,136 @@ def rollback(model: Model = None, as_json: AsJson = False) -> None:
     now, dropped = registry.rollback()
     text = f"{registry.name}: version {now.number} is @champion again, {dropped.number} is not."
     _say(as_json, text, registry.aliases())
+
+
+@app.command()
+def lineage(
+    what: Annotated[
+        str,
+        typer.Argument(help="A version, or 7 or more characters of a commit, hash or run id."),
+    ],
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say where a version came from, or which versions came from something.
+
+    \b
+      metaloom lineage 3          its commit, dvc.lock, data, seeds, runs, decision
+      metaloom lineage 1f3c9ab    versions of a commit, dvc.lock, store, bundle, run
+    """
+    from pipeline.deploy.lineage import as_text, trace
+    from pipeline.deploy.registry import Registry
+
+    traced = trace(Registry(Path.cwd(), model or _model_name()), what)
+    print(json.dumps(traced, indent=2) if as_json else as_text(traced))
+
+
+@app.command()
+def upload(as_json: AsJson = False) -> None:
+    """Send to MLflow the runs that it did not take while they ran, each point once.
+
+    A stage goes on without MLflow and keeps its points and its settings in .metaloom/journal.
+    This sends them, in the run that was begun if there is one, and may be stopped and run again.
+    Runs of stages that are still going are left alone.
+    """
+    from pipeline.runtime.mlflow_tracker import MlflowTracker
+    from pipeline.runtime.upload import as_text, refuse_unsent
+    from pipeline.runtime.upload import upload as send
+
+    outcomes = send(Path.cwd(), lambda: MlflowTracker(Path.cwd()))
+    print(json.dumps([vars(one) for one in outcomes], indent=2) if as_json else as_text(outcomes))
+    refuse_unsent(outcomes)
+
+
+class _WithRest(TyperCommand):
+    """A command that keeps what follows `--` apart, for another program."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Set the rest aside in `ctx.meta`."""
+        end = args.index("--") if "--" in args else len(args)
+        ctx.meta["rest"] = args[end + 1 :]
+        return super().parse_args(ctx, args[:end])
+
+
+@app.command(cls=_WithRest)
+def run(
+    context: typer.Context,
+    commit: Annotated[
+        str | None, typer.Argument(help="Hash, branch or tag [default: HEAD].")
+    ] = None,
+    branch: Annotated[str | None, typer.Option(help="New branch for the results.")] = None,
+    push: Annotated[bool, typer.Option(help="Push data and branch.")] = True,
+    remote: Annotated[str | None, typer.Option(help="Git remote to push the branch on to.")] = None,
+    allow_dirty: Annotated[
+        bool, typer.Option("--allow-dirty", help="Run HEAD though files differ.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a commit in a clone of its own; its results come back as a branch to merge.
+
+    The working tree stays free to go on working in. What this machine's DVC cache or the DVC
+    remote holds is not computed again; a run that was killed goes on where it was. What follows
+    `--` goes to `dvc repro`:
+
+    \b
+      metaloom run v1.2 -- evaluate
+    """
+    from pipeline.cluster.run import RunRequest, run_commit
+    from pipeline.runtime.lineage import pipeline_outputs
+    from pipeline.runtime.mlflow_tracker import tracking_uri
+
+    rest = tuple(context.meta["rest"])
+    request = RunRequest(commit, branch, push, remote, allow_dirty, rest)
+    written = [path for paths in pipeline_outputs(Path.cwd()).values() for path in paths]
+    here = {"MLFLOW_TRACKING_URI": tracking_uri(Path.cwd())}
+    result = run_commit(Path.cwd(), request, written=written, environment=here)
+    print(json.dumps(result.as_json(), indent=2) if as_json else result.summary())
+
+
+@app.command()
+def share(as_json: AsJson = False) -> None:
+    """Push data, run-cache and metrics, so that other machines need not compute them.
+
+    `dvc push` alone leaves out the metrics that git keeps, and without these a machine that does
+    not have this dvc.lock computes again. `metaloom run` does this by itself.
+    """
+    from pipeline.cluster.share import share as push_all
+
+    remote = push_all(Path.cwd())
+    print(json.dumps({"remote": remote}) if as_json else f"{remote} has all that is here.")
+
+
+@app.command()
+def replay(
+    path: Annotated[Path, typer.Argument(help="Folder that the run's message names.")],
+    as_json: AsJson = False,
+) -> None:
+    """Compute again, item by item, a training step that a guard refused.
+
+    A step whose loss or gradient is no finite number, or far from the usual, is kept in
+    .metaloom/incidents with the parameters of that moment. This shows for each item of its groups
+    where it is in the stream, its classes, its loss and the length of its own gradient.
+    """
+    from pipeline.training.replay import as_text
+    from pipeline.training.replay import replay as again
+
+    told = again(path)
+    print(json.dumps(told, indent=2) if as_json else as_text(told))
+
+
+@app.command()
+def join(
+    rendezvous: Annotated[str, typer.Argument(help="METALOOM_RENDEZVOUS of the driver's host.")],
+    once: Annotated[bool, typer.Option("--once", help="End with the first run.")] = False,
+) -> None:
+    """Be one more host of the runs that another host drives with METALOOM_LAUNCHER=torchrun.
+
+    Waits for a run, takes part in it with METALOOM_NUM_WORKERS workers, and waits for the next,
+    until Ctrl-C. Start it in a clone of the same commit that has the same data (`dvc pull`).
+    """
+    from pipeline.launch.torchrun import join_runs
+
+    join_runs(rendezvous, Path(".metaloom/join"), once=once)
 
 
 @app.command()
@@ -210,35 +339,6 @@ def schema() -> None:
     from pipeline.doctor import params_schema
 
     print(json.dumps(params_schema(), indent=2))
-
-
-def _summary(record: Mapping[str, Any], numbers: Mapping[str, Any]) -> str:
-    """What was promoted, how good it is, and how to go on; at most 80 columns."""
-    version, decision = record["version"], record["decision"]
-    names = ", ".join(f"@{a}" for a, number in record["aliases"].items() if number == version)
-    lines = [f"{record['model']} version {version}: {names or 'registered, serves under no alias'}"]
-    lines += [f"  {line}" for line in _wrapped(decision["reason"])]
-    for setting, found in by_size(numbers):
-        others = ", ".join(
-            f"{name} {other['accuracy']:.1%}" for name, other in found.get("baselines", {}).items()
-        )
-        interval = f"{found['accuracy']:.2%} ± {found['ci95']:.2%}"
-        lines.append(f"  {setting:<6} {interval}" + (f"  ({others})" if others else ""))
-    command = _command_name()
-    return "\n".join(
-        [
-            *lines,
-            "",
-            "Go on with:",
-            f"  {command + ' report --open':<34} the report: curves, episodes, mistakes",
-            f"  {command + ' ui':<34} MLflow: runs and model versions",
-            f"  {command + ' serve':<34} answers on http://127.0.0.1:5001",
-        ]
-    )
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, width=76, break_on_hyphens=False)
 
 
 def _command_name() -> str:

@@ -65,6 +65,7 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
         ArtefactError: a byte differs, a file is missing, extra or a link, it is not the recorded
             bundle, or no bundle that this version can open.
     """
+    before = _digest_of(folder)
     _check_manifest(folder)
     found = sha256_file(folder / MANIFEST)
     if digest is not None and found != digest:
@@ -75,7 +76,7 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
     try:
         learner = load_learner(folder)
         evidence = read_json(folder / EVIDENCE)
-        return Bundle(
+        bundle = Bundle(
             folder=folder,
             learner=learner,
             domain=str(evidence["domain"]),
@@ -84,9 +85,13 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
             digest=found,
             weights_digest=sha256_file(folder / WEIGHTS),
         )
+        if _digest_of(folder) != before:  # its parts may be of two bundles, each of them whole
+            raise ArtefactError(f"{folder} was replaced while it was read. Open it again.")
+        return bundle
     except PipelineError:
         raise
     except (
+        OSError,
         SafetensorError,
         RuntimeError,
         KeyError,
@@ -98,6 +103,14 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
             f"{folder} is sealed and yet no bundle: {type(error).__name__}: {error}. "
             "Make it again (`dvc repro`)."
         ) from None
+
+
+def _digest_of(folder: Path) -> str | None:
+    """Of the manifest; None where there is none to read."""
+    try:
+        return sha256_file(folder / MANIFEST)
+    except OSError:
+        return None
 
 
 def _check_manifest(folder: Path) -> None:

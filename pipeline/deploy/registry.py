@@ -2,35 +2,30 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
-import json
 import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import MachineError, PipelineError, RegistryError
+from pipeline.core.errors import ArtefactError, MachineError, PipelineError, RegistryError
 from pipeline.deploy.bundle import CARD, Bundle, load_bundle
+from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, Champions
+from pipeline.deploy.packing import ARTEFACT, no_bytecode, pyfunc_parts, stage_code
+from pipeline.deploy.patience import DEFAULT_PATIENCE, Patience, Persistent, code_of, state_said
+from pipeline.deploy.promotions import NOBODY, Record, Standing
 from pipeline.runtime.lineage import code_root
 from pipeline.runtime.mlflow_tracker import connect, experiment_id, shown_uri, tracking_uri
 
-CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 BUNDLE_TAG, WEIGHTS_TAG = "metaloom.bundle", "metaloom.weights"
-SMOKE_TAG, ROLLED_BACK_TAG, HISTORY_TAG = (
-    "metaloom.smoke",
-    "metaloom.rolled_back",
-    "metaloom.champions",
-)
+SMOKE_TAG, DAMAGED_TAG = "metaloom.smoke", "metaloom.damaged"
 PASSED = "passed"
-KEPT_CHAMPIONS = 20
-_ARTEFACT = "bundle"
-_REQUIREMENTS = ("mlflow", "torch", "numpy", "pydantic", "safetensors", "pillow", "pyyaml")
+_RELEASE_TAG = "metaloom.release"
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Version:
 class Registry:
     """The versions of one registered model in MLflow; its aliases say what serves."""
 
-    def __init__(self, root: Path, name: str) -> None:
+    def __init__(self, root: Path, name: str, patience: Patience = DEFAULT_PATIENCE) -> None:
         if importlib.util.find_spec("mlflow") is None:
             raise MachineError(
                 "MLflow is not installed. Install it: pip install 'metaloom[track]'."
@@ -67,14 +62,32 @@ class Registry:
         self.shown = shown_uri(root)
         self._root = root
         self._client = connect(root)
+        self._ask = Persistent(self.shown, patience)
+        self._champions = Champions(self._client, name, self._ask)
 
     def find(self, digest: str) -> Version | None:
-        """The version that holds this bundle, if it is registered."""
+        """The version that holds this bundle, if it is registered and not known to be damaged."""
         with _explained(self.shown):
             condition = f"name = '{self.name}' and tags.`{BUNDLE_TAG}` = '{digest}'"
-            found = self._client.search_model_versions(condition)
-        numbers = sorted(int(version.version) for version in found)
+            found = self._ask(lambda: self._client.search_model_versions(condition))
+        numbers = sorted(int(one.version) for one in found if DAMAGED_TAG not in one.tags)
         return self.version(numbers[0]) if numbers else None
+
+    def versions(self) -> list[Version]:
+        """All versions, oldest first."""
+        found: list[Version] = []
+        search = partial(
+            self._client.search_model_versions,
+            f"name = '{self.name}'",
+            order_by=["version_number ASC"],
+        )
+        token: str | None = None
+        with _explained(self.shown):
+            while token != "":
+                page = self._ask(partial(search, page_token=token))
+                found += [_as_version(self.name, one) for one in page]
+                token = page.token or ""
+        return found
 
     def register(
         self,
@@ -86,26 +99,30 @@ class Registry:
     ) -> tuple[Version, bool]:
         """Register a bundle unless it is registered; returns the version and whether it is new.
 
+        A version comes to be with all its tags, in one transaction, after its files have been read
+        back; one of this bundle whose files are damaged is marked and passed over.
+
         Args:
             example: a request, kept as the model's input example.
             run_id: the run that it belongs to; without one a run is made for it.
             tags: of the version; set together with it, not afterwards.
         """
-        if known := self.find(bundle.digest):
-            return known, False
-        with _explained(self.shown):
-            model = self._log_model(bundle, example, run_id)
-            self._ensure_registered_model()
-            own = {BUNDLE_TAG: bundle.digest, WEIGHTS_TAG: bundle.weights_digest}
-            made = self._client.create_model_version(
-                self.name,
-                source=model.model_uri,
-                run_id=model.run_id,
-                tags={**(tags or {}), **own},
-                description=bundle.card,
-                model_id=model.model_id,
-            )
-        return self.version(int(made.version)), True
+        again = "Run `dvc repro deploy` again when the registry is back: what is there is found."
+        with state_said(f"Nothing of this bundle serves that did not before. {again}"):
+            if known := self._whole(bundle):
+                return known, False
+            run = run_id or self._own_run(bundle)
+            with _explained(self.shown):
+                model = self._ask(lambda: self._log_model(bundle, example, run))
+                self._ask(lambda: self._read_back(model.artifact_path, bundle.digest))
+                self._ask(self._ensure_registered_model)
+                self._ask(lambda: self._create_version(bundle, model, tags or {}))
+                if run_id is None:
+                    self._ask(lambda: self._client.set_terminated(run))
+        made = self.find(bundle.digest)
+        if made is None:
+            raise RegistryError(f"{self.name} lost a version while it was made. {again}")
+        return made, made.source == model.model_uri
 
     def version(self, number: int) -> Version:
         """One version.
@@ -113,35 +130,38 @@ class Registry:
         Raises:
             RegistryError: there is none of this number, or the registry does not answer.
         """
-        from mlflow.exceptions import MlflowException
-
-        try:
-            found = self._client.get_model_version(self.name, str(number))
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+        with _explained(self.shown):
+            try:
+                found = self._ask(lambda: self._client.get_model_version(self.name, str(number)))
+            except Exception as error:
+                if code_of(error) != "RESOURCE_DOES_NOT_EXIST":
+                    raise
                 raise RegistryError(
                     f"{self.name} has no version {number} (MLflow at {self.shown}). "
                     "`metaloom ui` shows those it has."
                 ) from None
-            raise _silent(self.shown, error) from None
-        return Version(self.name, int(found.version), dict(found.tags), found.source, found.run_id)
+        return _as_version(self.name, found)
 
     def aliases(self) -> dict[str, int]:
         """Version number by alias; empty when nothing is registered."""
-        from mlflow.exceptions import MlflowException
+        with _explained(self.shown):
+            return self._champions.aliases()
 
-        try:
-            found = self._client.get_registered_model(self.name)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return {}
-            raise _silent(self.shown, error) from None
-        return {alias: int(number) for alias, number in found.aliases.items()}
+    def standing(self) -> Standing:
+        """Who is champion, as a promotion must know it: record and alias are brought together."""
+        with _explained(self.shown):
+            return self._champions.settle()
 
     def champion(self) -> Version | None:
-        """The version that serves: whatever the alias says now, whoever moved it."""
-        number = self.aliases().get(CHAMPION)
-        return None if number is None else self.version(number)
+        """The version that serves, whoever made it so; for those who may only read, the alias's."""
+        with _explained(self.shown):
+            try:
+                number = self._champions.settle().champion
+            except Exception as error:
+                if code_of(error) != "PERMISSION_DENIED":
+                    raise
+                number = self._champions.aliases().get(CHAMPION, NOBODY)
+        return None if number == NOBODY else self.version(number)
 
     def fetch(self, version: Version, target: Path) -> Bundle:
         """Download a version's bundle, and only that, and open it verified.
@@ -156,32 +176,52 @@ class Registry:
                 f"has no tag {BUNDLE_TAG}): nothing vouches for it. "
                 "Register models with `dvc repro deploy`."
             )
-        from mlflow.artifacts import download_artifacts
-
-        with _explained(
-            self.shown, f"version {version.number} of {self.name} cannot be downloaded"
-        ):
-            base = self._client.get_model_version_download_uri(self.name, str(version.number))
-            uri = f"{base.rstrip('/')}/artifacts/{_ARTEFACT}"
-            with tempfile.TemporaryDirectory() as scratch:
-                found = Path(download_artifacts(artifact_uri=uri, dst_path=scratch))
-                shutil.copytree(found, target, symlinks=True)
+        number = str(version.number)
+        with _explained(self.shown, f"version {number} of {self.name} cannot be downloaded"):
+            base = self._ask(lambda: self._client.get_model_version_download_uri(self.name, number))
+            self._ask(lambda: _download(base, target))
         return load_bundle(target, digest=version.digest)
+
+    def promotions(self) -> Sequence[Record]:
+        """Every change of the champion, in order."""
+        with _explained(self.shown):
+            return self._champions.standing().winners
+
+    def makers(self, path: str, digest: str) -> tuple[str, ...]:
+        """The newest finished run that left this content at this path, and the run above it."""
+
+        def search() -> Any:
+            experiment = experiment_id(self._client, self._root)
+            condition = f"tags.`output.{path}` = '{digest}' and attributes.status = 'FINISHED'"
+            order = ["attributes.start_time DESC"]
+            return self._client.search_runs([experiment], condition, max_results=1, order_by=order)
+
+        with _explained(self.shown):
+            found = self._ask(search)
+        parents = [run.data.tags.get("mlflow.parentRunId") for run in found]
+        return tuple(str(run.info.run_id) for run in found) + tuple(filter(None, parents))
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> Version:
         """Set tags of a version."""
         with _explained(self.shown):
             for key, value in tags.items():
-                self._client.set_model_version_tag(
-                    self.name, str(version.number), key, value[:5000]
-                )
+                number = str(version.number)
+                set_tag = self._client.set_model_version_tag
+                self._ask(partial(set_tag, self.name, number, key, value[:5000]))
         return self.version(version.number)
 
-    def promote(self, version: Version) -> Version | None:
+    def promote(
+        self, version: Version, *, since: Standing | None = None, reason: str = "a person's choice"
+    ) -> Version | None:
         """Make a version the champion and the champion `previous`; returns the old champion.
 
+        Args:
+            since: the standing on which this was decided; by default that of now.
+
         Raises:
-            RegistryError: the version has not passed the smoke test.
+            RegistryError: the version has not passed the smoke test, or somebody else changed the
+                champion since.
+            ArtefactError: its files are not those that were registered.
         """
         if version.tags.get(SMOKE_TAG) != PASSED:
             raise RegistryError(
@@ -189,102 +229,108 @@ class Registry:
                 f"({version.tags.get(SMOKE_TAG, 'it never ran')}), so it may not serve. "
                 "Run `dvc repro deploy` to test it."
             )
-        old = self.champion()
-        if old is not None and old.number == version.number:
+        self._check_whole(version)
+        since = since or self.standing()
+        if since.champion == version.number:
             return None
-        history = [n for n in self._history(old) if n != version.number]
-        self._set_history([*history, version.number])
-        self._move(CHAMPION, version.number)
-        if self.aliases().get(CHALLENGER) == version.number:
-            self._drop(CHALLENGER)
-        if ROLLED_BACK_TAG in version.tags:
-            number = str(version.number)
-            with _explained(self.shown):
-                self._client.delete_model_version_tag(self.name, number, ROLLED_BACK_TAG)
-        return old
+        with _explained(self.shown):
+            self._champions.change("promote", version.number, since, reason)
+        return None if since.champion == NOBODY else self.version(since.champion)
 
     def challenge(self, version: Version) -> None:
         """Mark a version as the one that waits for a person's decision."""
-        self._move(CHALLENGER, version.number)
+        with _explained(self.shown):
+            self._champions.move(CHALLENGER, version.number)
 
-    def rollback(self) -> tuple[Version, Version]:
+    def rollback(self, *, reason: str = "a person's choice") -> tuple[Version, Version]:
         """Make the champion before this one serve again; returns (new champion, dropped one).
 
         Raises:
-            RegistryError: there is no earlier champion, or it is no longer whole.
+            RegistryError: there is no earlier champion, or somebody else changed it meanwhile.
+            ArtefactError: the earlier one is no longer whole.
         """
-        current = self.champion()
-        if current is None:
+        since = self.standing()
+        if since.champion == NOBODY:
             raise RegistryError(f"{self.name} has no champion, so there is nothing to roll back.")
-        history = self._history(current)[:-1]
         earlier = self.aliases().get(PREVIOUS)
-        if earlier is not None and earlier != current.number:
-            history = [n for n in history if n != earlier] + [earlier]
-        if not history:
+        if earlier is None:
             raise RegistryError(
-                f"version {current.number} is the first champion of {self.name}; nothing was "
+                f"version {since.champion} is the first champion of {self.name}; nothing was "
                 "before it. Name the version that should serve: `metaloom promote VERSION`."
             )
-        target = self.version(history[-1])
+        target, current = self.version(earlier), self.version(since.champion)
+        self._check_whole(target)
+        with _explained(self.shown):
+            self._champions.change("rollback", target.number, since, reason)
+        return target, self.version(current.number)
+
+    def _check_whole(self, version: Version) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            self.fetch(target, Path(scratch) / "bundle")
-        self._set_history(history)
-        self._move(CHAMPION, target.number)
-        self.tag(current, {ROLLED_BACK_TAG: time.strftime("%Y-%m-%dT%H:%M:%S%z")})
-        return target, current
+            self.fetch(version, Path(scratch) / "bundle")
 
-    def _history(self, champion: Version | None) -> list[int]:
-        """Champions in order, the present one last, even when its alias was moved by hand."""
-        from mlflow.exceptions import MlflowException
+    def _whole(self, bundle: Bundle) -> Version | None:
+        """A version of this bundle whose files are all there; damaged ones are marked so."""
+        while known := self.find(bundle.digest):
+            try:
+                self._check_whole(known)
+                return known
+            except ArtefactError as error:
+                self.tag(known, {DAMAGED_TAG: str(error)})
+        return None
 
-        try:
-            text = self._client.get_registered_model(self.name).tags.get(HISTORY_TAG, "[]")
-            known = [int(number) for number in json.loads(text)]
-        except (MlflowException, ValueError, TypeError):
-            known = []
-        if champion is None:
-            return known
-        return [number for number in known if number != champion.number] + [champion.number]
+    def _own_run(self, bundle: Bundle) -> str:
+        """A run for a release outside the pipeline: made once, however often it is tried."""
+        condition = f"tags.`{_RELEASE_TAG}` = '{bundle.digest}'"
 
-    def _set_history(self, history: list[int]) -> None:
-        """Record the order of champions, then point `previous` at the last but one."""
+        def find_or_make() -> str:
+            experiment = experiment_id(self._client, self._root)
+            if found := self._client.search_runs([experiment], condition, max_results=1):
+                return str(found[0].info.run_id)
+            tags = {_RELEASE_TAG: bundle.digest}
+            made = self._client.create_run(experiment, tags=tags, run_name="release")
+            return str(made.info.run_id)
+
         with _explained(self.shown):
-            text = json.dumps(history[-KEPT_CHAMPIONS:])
-            self._client.set_registered_model_tag(self.name, HISTORY_TAG, text)
-        if len(history) > 1:
-            self._move(PREVIOUS, history[-2])
-        else:
-            self._drop(PREVIOUS)
+            return self._ask(find_or_make)
 
-    def _move(self, alias: str, number: int) -> None:
-        with _explained(self.shown):
-            self._client.set_registered_model_alias(self.name, alias, str(number))
+    def _create_version(self, bundle: Bundle, model: Any, tags: Mapping[str, str]) -> None:
+        """Once: an earlier try may have come through though its answer did not."""
+        if self.find(bundle.digest) is not None:
+            return
+        own = {BUNDLE_TAG: bundle.digest, WEIGHTS_TAG: bundle.weights_digest}
+        self._client.create_model_version(
+            self.name,
+            source=model.model_uri,
+            run_id=model.run_id,
+            tags={**tags, **own},
+            description=bundle.card,
+            model_id=model.model_id,
+            await_creation_for=0,
+        )
 
-    def _drop(self, alias: str) -> None:
-        if alias in self.aliases():
-            with _explained(self.shown):
-                self._client.delete_registered_model_alias(self.name, alias)
+    def _read_back(self, base: str, digest: str) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            _download(base, Path(scratch) / "bundle")
+            load_bundle(Path(scratch) / "bundle", digest=digest)
 
     def _ensure_registered_model(self) -> None:
-        from mlflow.exceptions import MlflowException
-
         try:
             self._client.create_registered_model(
                 self.name, description="Few-shot learner by Metaloom."
             )
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+        except Exception as error:
+            if code_of(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
 
-    def _log_model(self, bundle: Bundle, example: Any, run_id: str | None) -> Any:
+    def _log_model(self, bundle: Bundle, example: Any, run_id: str) -> Any:
         """Log the bundle with the code that serves it, as an MLflow model of a run."""
         import mlflow
 
-        with tempfile.TemporaryDirectory() as scratch, _no_bytecode():
-            code = _stage_code(Path(scratch))
-            with _run(self._client, experiment_id(self._client, self._root), run_id):
+        with tempfile.TemporaryDirectory() as scratch, no_bytecode():
+            code = stage_code(Path(scratch))
+            with _inside(self._client, run_id):
                 mlflow.log_text(bundle.card, f"model_{CARD}")
-                parts = _pyfunc(bundle, code, Path(scratch))
+                parts = pyfunc_parts(bundle, code, Path(scratch))
                 return mlflow.pyfunc.log_model(
                     name=self.name, **parts, code_paths=[str(code)], input_example=example
                 )
@@ -294,74 +340,49 @@ class Registry:
         import mlflow
 
         with tempfile.TemporaryDirectory() as scratch:
-            parts = _pyfunc(bundle, code_root() / "pipeline", Path(scratch))
+            parts = pyfunc_parts(bundle, code_root() / "pipeline", Path(scratch))
             mlflow.pyfunc.save_model(path=str(target), **parts)
 
 
 @contextmanager
-def _no_bytecode() -> Iterator[None]:
-    """MLflow tries the model where it is kept; compiled files must not get into the artefact."""
-    before = sys.dont_write_bytecode
-    sys.dont_write_bytecode = True
-    try:
-        yield
-    finally:
-        sys.dont_write_bytecode = before
-
-
-def _stage_code(scratch: Path) -> Path:
-    """Copy the package's sources, and nothing else, for a model that is served elsewhere."""
-    return Path(
-        shutil.copytree(
-            code_root() / "pipeline",
-            scratch / "pipeline",
-            ignore=lambda folder, names: (
-                [n for n in names if not n.endswith(".py") and not (Path(folder) / n).is_dir()]
-                + [n for n in names if n == "__pycache__"]
-            ),
-        )
-    )
-
-
-def requirements() -> list[str]:
-    """What the model needs, pinned to what is installed; local build labels (+cpu) are dropped."""
-    return [
-        f"{name}=={importlib.metadata.version(name).partition('+')[0]}" for name in _REQUIREMENTS
-    ]
-
-
-def _pyfunc(bundle: Bundle, code: Path, scratch: Path) -> dict[str, Any]:
-    # MLflow keeps the folder's own name, and `fetch` looks for it by name.
-    copied = shutil.copytree(bundle.folder, scratch / _ARTEFACT)
-    return {
-        "python_model": str(code / "deploy" / "mlflow_model.py"),
-        "artifacts": {_ARTEFACT: str(copied)},
-        "pip_requirements": requirements(),
-        "metadata": {"bundle": bundle.digest, "domain": bundle.domain},
-    }
-
-
-@contextmanager
-def _run(client: Any, experiment: str, run_id: str | None) -> Iterator[None]:
-    """Inside a run: the given one, which stays open, or one of its own."""
+def _inside(client: Any, run_id: str) -> Iterator[None]:
+    """Inside a run that stays open."""
     import mlflow
 
-    if run_id is None:
-        mlflow.set_experiment(experiment_id=experiment)
-        with mlflow.start_run(run_name="release"):
-            yield
-        return
     with mlflow.start_run(run_id=run_id):
         yield
     client.update_run(run_id, status="RUNNING")
 
 
-def _silent(uri: str, error: Exception) -> RegistryError:
-    reason = str(error).splitlines()[0][:300]
-    return RegistryError(
-        f"the registry at {uri} does not answer: {reason}. Start its server, or set "
-        "MLFLOW_TRACKING_URI right; `metaloom doctor` looks into it."
+def _download(base: str, target: Path) -> None:
+    """A logged model's bundle, and only that."""
+    from mlflow.artifacts import download_artifacts
+
+    uri = f"{base.rstrip('/')}/artifacts/{ARTEFACT}"
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            found = Path(download_artifacts(artifact_uri=uri, dst_path=scratch))
+        except Exception as error:
+            if _is_absent(error):
+                raise ArtefactError(
+                    f"{uri} does not exist: it was deleted, or never whole."
+                ) from None
+            raise
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(found, target, symlinks=True)
+
+
+def _is_absent(error: Exception) -> bool:
+    response = getattr(error, "response", None)
+    return (
+        isinstance(error, FileNotFoundError)
+        or code_of(error) in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "ENDPOINT_NOT_FOUND"}
+        or (response is not None and response.status_code == HTTPStatus.NOT_FOUND)
     )
+
+
+def _as_version(name: str, found: Any) -> Version:
+    return Version(name, int(found.version), dict(found.tags), found.source, found.run_id)
 
 
 @contextmanager

@@ -17,13 +17,17 @@ from pipeline.core.errors import ArtefactError, PipelineError, RegistryError
 from pipeline.core.files import read_json
 from pipeline.deploy.bundle import Bundle, make_bundle
 from pipeline.deploy.card import model_card
+from pipeline.deploy.champions import ROLLED_BACK_TAG
 from pipeline.deploy.gate import Decision, GateConfig, Scores, decide
-from pipeline.deploy.registry import PASSED, ROLLED_BACK_TAG, SMOKE_TAG, Registry, Version
+from pipeline.deploy.lineage import PARENT_RUN_TAG, TRAINING_RUN_TAG, source_tags
+from pipeline.deploy.patience import UnansweredError
+from pipeline.deploy.promotions import NOBODY, LostRaceError, Standing
+from pipeline.deploy.registry import PASSED, SMOKE_TAG, Registry, Version
 from pipeline.deploy.smoke import SmokeConfig, SmokeResult, Trial, make_trial, smoke_test
 from pipeline.engine.learner import Learner, load_learner
 from pipeline.evaluation.baselines import pixel_learner, untrained
 from pipeline.evaluation.scoring import score_sets
-from pipeline.runtime.lineage import content_hash, git_state
+from pipeline.runtime.lineage import content_hash
 from pipeline.runtime.logs import progress
 from pipeline.runtime.mlflow_tracker import quiet_environment
 from pipeline.runtime.tracking import RunIds
@@ -114,13 +118,15 @@ def deploy(
             bundle,
             [example],
             run_id=runs.child if runs else None,
-            tags={**_lineage(root, candidate), **(tags or {})},
+            tags={**_lineage(registry, root, sources.learner, candidate), **(tags or {})},
         )
-        decision = _judge(config, candidate, registry, version)
+        # Whoever changes the champion between this and the promotion wins; we are told.
+        since = registry.standing()
+        decision = _judge(config, candidate, registry, version, since)
         smoke = _try(config, registry, version, trial)
     registry.tag(version, _decision_tags(decision, smoke))
     if smoke.passed:
-        _move_aliases(registry, registry.version(version.number), decision)
+        _move_aliases(registry, registry.version(version.number), decision, since)
     return {
         "model": candidate.name,
         "domain": bundle.domain,
@@ -176,9 +182,10 @@ def _judge(
     candidate: Candidate,
     registry: Registry,
     version: Version,
+    since: Standing,
 ) -> Decision:
     """Score the new learner and the champion anew, from their bytes, and decide."""
-    champion = registry.champion()
+    champion = None if since.champion == NOBODY else registry.version(since.champion)
     bundle, gate = candidate.bundle, config.gate
     if champion is not None and champion.number == version.number:
         reason = "This version is the champion already."
@@ -218,7 +225,12 @@ def _score_champion(
             bundle = registry.fetch(champion, Path(scratch) / "bundle")
             scores = _score({"champion": bundle.learner}, candidate)["champion"]
             return scores, bundle.weights_digest, None
+    except UnansweredError:
+        raise
     except PipelineError as error:
+        if champion.digest == candidate.bundle.digest:
+            # The same bundle, registered anew since that one's files are damaged: no rival.
+            return None, None, None
         return None, digest, f"version {champion.number}: {error}"
 
 
@@ -244,14 +256,25 @@ def _try(config: DeployConfig, registry: Registry, version: Version, trial: Tria
     return smoke_test(version.uri, trial, config.smoke, environment)
 
 
-def _move_aliases(registry: Registry, version: Version, decision: Decision) -> None:
-    """Champion or challenger; a version with the champion's weights gets neither."""
+def _move_aliases(
+    registry: Registry, version: Version, decision: Decision, since: Standing
+) -> None:
+    """Champion or challenger; a version with the champion's weights gets neither.
+
+    Raises:
+        RegistryError: another release was promoted since this one was judged; the version is
+            registered, tagged with that, and serves under no alias.
+    """
     if decision.already_champion:
         return
-    if decision.verdict == "champion":
-        registry.promote(version)
-    else:
+    if decision.verdict != "champion":
         registry.challenge(version)
+        return
+    try:
+        registry.promote(version, since=since, reason=f"the gate: {decision.reason}")
+    except LostRaceError as error:
+        registry.tag(version, {_ALIAS_TAG: "overtaken", _REASON_TAG: str(error)})
+        raise
 
 
 def _decision_tags(decision: Decision, smoke: SmokeResult) -> dict[str, str]:
@@ -264,14 +287,18 @@ def _decision_tags(decision: Decision, smoke: SmokeResult) -> dict[str, str]:
     }
 
 
-def _lineage(root: Path, candidate: Candidate) -> dict[str, str]:
-    git = git_state(root)
+def _lineage(registry: Registry, root: Path, learner: Path, candidate: Candidate) -> dict[str, str]:
+    """Where this came from, for `metaloom lineage`; what is not known is left out, not made up."""
+    episodes = {name: frozen.digest for name, frozen in candidate.episodes.items()}
     first: Sequence[FrozenEpisodes] = list(candidate.episodes.values())[:1]
-    return {
-        "git.commit": git.commit,
-        "git.dirty": str(git.dirty).lower(),
-        "dvc.lock": content_hash(root / "dvc.lock") or "none",
+    tags = {
+        **source_tags(root),
         "store.digest": candidate.store.digest,
+        "episodes": json.dumps(episodes, sort_keys=True),
         "domain": candidate.bundle.domain,
         "split": first[0].split,
     }
+    if fingerprint := candidate.bundle.learner.origin.get("fingerprint"):
+        tags["fingerprint"] = json.dumps(fingerprint, sort_keys=True)
+    runs = registry.makers(learner.as_posix(), content_hash(root / learner) or "absent")
+    return {**tags, **dict(zip((TRAINING_RUN_TAG, PARENT_RUN_TAG), runs, strict=False))}

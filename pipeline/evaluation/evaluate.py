@@ -88,7 +88,9 @@ def run_evaluation(
         store=store_folder,
         target=target,
     )
-    found: dict[str, Any] = launch("pipeline.evaluation.evaluate:run", job, most=NUM_BATCHES)
+    found: dict[str, Any] = launch(
+        "pipeline.evaluation.evaluate:run", job, most=NUM_BATCHES, outputs=[target]
+    )
     return found
 
 

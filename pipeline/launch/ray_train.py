@@ -6,8 +6,6 @@ is decided by our own checkpoints, never by Ray's snapshot.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
 import os
 import shutil
 import tempfile
@@ -19,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import errors
-from pipeline.core.errors import ConfigError, MachineError, StoppedError, TrainingError
+from pipeline.core.errors import ConfigError, StoppedError, TrainingError
+from pipeline.core.ray_cluster import ray_cluster
 from pipeline.launch.attempts import Attempts
 from pipeline.launch.base import Job
 from pipeline.launch.local import WORKER_ENVIRONMENT, prepare, stop_asked
@@ -27,15 +26,6 @@ from pipeline.runtime.context import timeout_from_environment
 from pipeline.runtime.mirror import storage_from_environment
 
 _POLL_SECONDS = 0.25
-_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-    # A report waits until the one before it was looked at; with Ray's 2 s that would be felt.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
-}
-"""Of Ray, unless the environment says else."""
 _PASSED_ON = ("AWS_", "METALOOM_", "CUBLAS_")
 
 
@@ -51,7 +41,7 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
         StoppedError: this process was asked to stop, and the workers did.
     """
     prepare(job, folder)
-    with _cluster() as ray, stop_asked() as asked, _token() as token:
+    with ray_cluster(show_workers=True) as ray, stop_asked() as asked, _token() as token:
         desk = ray.remote(num_cpus=0)(_Desk).remote(job.max_restarts)
         failure: list[Exception] = []
         fit = threading.Thread(target=_fit, args=(job, folder, token, desk, failure), daemon=True)
@@ -206,35 +196,6 @@ def _trainer(job: Job, folder: Path, token: Path, desk: Any) -> Any:
             timeout_s=max(1, int(timeout_from_environment())),
         ),
     )
-
-
-@contextmanager
-def _cluster() -> Iterator[Any]:
-    """Ray, connected; what we have connected, we disconnect, and what ran for us ends with it."""
-    if importlib.util.find_spec("ray") is None:
-        raise MachineError(
-            "METALOOM_LAUNCHER is ray_train, but Ray is not installed. Install it: "
-            "pip install 'metaloom[ray]'."
-        )
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    if ray.is_initialized():
-        yield ray
-        return
-    try:
-        ray.init(include_dashboard=False, logging_level=logging.WARNING, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = os.environ.get("RAY_ADDRESS", "this machine")
-        raise MachineError(
-            f"no Ray cluster could be used at {where}: {str(error).splitlines()[0][:300]} Look at "
-            "RAY_ADDRESS, and at RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH."
-        ) from None
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
 
 
 def _labels() -> dict[str, str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import os
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from pipeline.core.config import Section
 from pipeline.core.errors import DataError
-from pipeline.domains.base import SPLITS, Domain, Example, Frame, Plan
+from pipeline.domains.base import SPLITS, Domain, Drawn, Example, Frame, Job, Plan
 from pipeline.domains.glyphs import GlyphsConfig
 from pipeline.domains.image_folder import ImageFolderConfig
 from pipeline.domains.omniglot import OmniglotConfig
@@ -28,10 +30,10 @@ from pipeline.store.audit import (
     main_directions,
     views,
 )
-from pipeline.store.drawing import Progress, draw_jobs, num_cores
+from pipeline.store.drawing import Drawing, Progress, drawing_from_environment
 from pipeline.store.reader import StoredClass
 from pipeline.store.report import Report
-from pipeline.store.writer import Pixels, StoreContent, write_store
+from pipeline.store.writer import Pixels, StoreContent, refused, write_store
 
 Ints = npt.NDArray[np.int64]
 ClassKey = tuple[int, str, str]
@@ -115,23 +117,28 @@ def build_store(
     *,
     progress: Progress | None = None,
     num_workers: int | None = None,
+    draw: Drawing | None = None,
 ) -> dict[str, Any]:
     """Make the store of a domain and return its report.
 
-    The store does not depend on the number of workers; `target` is replaced only when the new
-    store is whole.
+    The store does not depend on who draws it, nor on the number of workers; `target` is replaced
+    only when the new store is whole.
+
+    Args:
+        draw: who draws; default: as METALOOM_LAUNCHER says.
 
     Raises:
         DataError: there is nothing usable, or `strict` refuses what was found.
+        StorageError: the disk refused; what was at `target` is as it was.
     """
     domain = _domain(config)
     plan = domain.plan()
     report = Report(plan)
     if config.strict and plan.conflicts:
         raise _strict_error(list(plan.conflicts))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=target.parent) as scratch:
-        pictures = _draw(domain, plan, config, scratch, report, progress, num_workers)
+    with _scratch(target, len(plan.examples) * config.channels * config.image_size**2) as scratch:
+        found = (draw or drawing_from_environment())(domain, plan.jobs, num_workers=num_workers)
+        pictures = _draw(found, plan, config, scratch, report, progress)
         similarity = config.duplicates.similarity or plan.similarity
         _drop_unusable(pictures, config, report, similarity)
         members = [rows for rows in pictures.members() if len(rows)]
@@ -139,6 +146,21 @@ def build_store(
         summary = report.summary(config.domain, content.classes)
         write_store(target, content, rows_per_shard=config.rows_per_shard, report=summary)
     return summary
+
+
+@contextmanager
+def _scratch(target: Path, num_bytes: int) -> Iterator[Any]:
+    """A file beside the target for all drawn pictures, with its room taken: to find a disk full
+    in the middle of a memory map would end the process."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = tempfile.TemporaryFile(dir=target.parent)  # noqa: SIM115
+        if num_bytes and hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    except OSError as error:
+        raise refused(target, error) from error
+    with file:
+        yield file
 
 
 def _domain(config: PreprocessConfig) -> Domain:
@@ -153,13 +175,12 @@ def _domain(config: PreprocessConfig) -> Domain:
 
 
 def _draw(
-    domain: Domain,
+    drawn_jobs: Iterator[tuple[Job, Drawn]],
     plan: Plan,
     config: PreprocessConfig,
     scratch: Any,
     report: Report,
     progress: Progress | None,
-    num_workers: int | None,
 ) -> _Pictures:
     total = len(plan.examples)
     if not total:
@@ -173,7 +194,7 @@ def _draw(
     notes: list[tuple[int, str, bool]] = []
     opened = progress("draw", total=total, unit="pictures") if progress else nullcontext()
     with opened as bar:
-        for job, drawn in draw_jobs(domain, plan.jobs, num_workers=num_workers or num_cores()):
+        for job, drawn in drawn_jobs:
             rows = job.first + np.array(drawn.kept, dtype=np.int64)
             if len(rows):
                 pixels[rows] = drawn.pixels

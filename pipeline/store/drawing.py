@@ -1,4 +1,4 @@
-"""Drawing a plan on all cores, in processes that a bad picture may kill without further harm."""
+"""Drawing a plan: on all cores, in processes that a bad picture may kill without further harm."""
 
 from __future__ import annotations
 
@@ -36,6 +36,24 @@ class Progress(Protocol):
         """Show a bar of `total` units."""
 
 
+class Drawing(Protocol):
+    """SEAM: who draws a plan's jobs. The order in which they come back tells nothing."""
+
+    def __call__(
+        self, domain: Domain, jobs: Sequence[Job], *, num_workers: int | None = None
+    ) -> Iterator[tuple[Job, Drawn]]:
+        """Draw every job; a part of one may come back as a job of its own."""
+
+
+def drawing_from_environment() -> Drawing:
+    """On a Ray cluster if METALOOM_LAUNCHER is ray_train, else here: the same pictures."""
+    if os.environ.get("METALOOM_LAUNCHER") == "ray_train":
+        from pipeline.store.ray_drawing import draw_on_ray
+
+        return draw_on_ray
+    return draw_jobs
+
+
 @dataclass
 class _Pool:
     """Worker processes, started anew after one of them died."""
@@ -64,13 +82,14 @@ def num_cores() -> int:
 
 
 def draw_jobs(
-    domain: Domain, jobs: Sequence[Job], *, num_workers: int
+    domain: Domain, jobs: Sequence[Job], *, num_workers: int | None = None
 ) -> Iterator[tuple[Job, Drawn]]:
-    """Draw every job, in whatever order they finish.
+    """Draw every job on this machine, in whatever order they finish.
 
     A job whose worker died (killed for its memory, or a fault in a decoder's C code) is halved
     until the one bad picture is found; that one is refused, and the others are drawn.
     """
+    num_workers = num_workers or num_cores()
     with _pool(num_workers) as pool:
         broken = yield from _draw_together(pool, domain, jobs, window=4 * num_workers)
     with _pool(1) as pool:
@@ -124,6 +143,17 @@ def _pool(num_workers: int) -> Iterator[_Pool]:
         yield pool
     finally:
         pool.close()
+
+
+@contextmanager
+def limited_memory() -> Iterator[None]:
+    """`_limit_memory` for a while, in a process that is not ours alone."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    _limit_memory()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _limit_memory() -> None:

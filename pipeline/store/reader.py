@@ -1,29 +1,32 @@
-"""A store, opened: every byte verified first, then memory-mapped.
+"""A store, opened: the manifest verified first, and each shard before its first row is used.
 
-C channels, H and W pixels, R rows, B bytes of one picture (C * H * W).
+C channels, H and W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-from numpy.lib.stride_tricks import as_strided
 
 from pipeline.core.errors import ArtefactError
 from pipeline.core.files import canonical_json, sha256_bytes, verify
-from pipeline.store.schema import SCHEMA_VERSION, refuse_foreign_types, shard_schema
+from pipeline.store.schema import SCHEMA_VERSION
+from pipeline.store.shards import Shards, shard_files
 
 Rows = npt.NDArray[np.integer[Any]]
 Pixels = npt.NDArray[np.uint8]
 
+VERIFIED_AT_ONCE_BYTES = 1 << 30
+"""A store of up to this size is verified whole when it is opened, in a second or less."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class StoredClass:
     """One class: a contiguous range of rows."""
 
@@ -35,19 +38,6 @@ class StoredClass:
     count: int
 
 
-class _Window(NamedTuple):
-    """All shards as one array, so that one gather reads from any number of them.
-
-    Each shard is mapped somewhere of its own. A picture is taken to begin at every byte from the
-    lowest map on; only the places where one really begins are ever read.
-    """
-
-    pictures: npt.NDArray[np.void]
-    """One item of B bytes at every byte"""
-    shifts: npt.NDArray[np.int64]
-    """Row r of shard s begins at byte r * B + shifts[s]."""
-
-
 @dataclass(frozen=True)
 class Store:
     """Pictures of labelled classes, sorted by (split, group, class)."""
@@ -55,31 +45,47 @@ class Store:
     folder: Path
     domain: str
     image_shape: tuple[int, int, int]
-    classes: tuple[StoredClass, ...]
     mean: list[float]
     """Mean of each channel over the training rows, in [0, 1]."""
     std: list[float]
     num_rows: int
     rotation: str
     """The rule by which turned copies became classes: none, train_only or all."""
-    digest: str
-    """SHA-256 over the header and the shards' hashes: the same digest, the same content."""
-    _images: tuple[Pixels, ...] = field(repr=False)
-    _window: _Window = field(repr=False)
-    _names: tuple[Any, ...] = field(repr=False)
+    _manifest: Mapping[str, Any] = field(repr=False)
+    _shards: Shards = field(repr=False)
     _rows_per_shard: int = field(repr=False)
+
+    @cached_property
+    def classes(self) -> tuple[StoredClass, ...]:
+        """All classes, in order of their rows."""
+        columns = self._manifest["classes"]
+        offsets = np.cumsum([0, *columns["count"]])[:-1].tolist()
+        names, groups, splits = columns["name"], columns["group"], columns["split"]
+        rows = zip(names, groups, splits, offsets, columns["count"], strict=True)
+        return tuple(StoredClass(*row) for row in rows)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the header and the shards' hashes: the same digest, the same content.
+
+        Over all that a reader can see of the content; not over the report of what was dropped.
+        """
+        header = {key: value for key, value in self._manifest.items() if key != "files"}
+        shards = {name: self._manifest["files"][name] for name in self._manifest["shards"]}
+        return sha256_bytes(canonical_json({"header": header, "shards": shards}).encode())
 
     def gather(self, rows: Rows) -> Pixels:
         """Pictures [..., C, H, W] of rows [...].
 
         Raises:
-            ArtefactError: the store does not hold one of the rows.
+            ArtefactError: the store does not hold one of the rows, or its shard was altered.
         """
         rows = np.asarray(rows)
         flat = self.checked(rows).reshape(-1)
-        pictures, shifts = self._window
+        shards = flat // self._rows_per_shard
+        pictures, shifts = self._shards.window(shards)
         begins = flat * pictures.itemsize
-        begins += shifts.take(flat // self._rows_per_shard)
+        begins += shifts.take(shards)
         return pictures[begins].view(np.uint8).reshape(*rows.shape, *self.image_shape)
 
     def checked(self, rows: Rows) -> npt.NDArray[np.int64]:
@@ -106,9 +112,14 @@ class Store:
     def names(self, rows: Rows) -> list[str]:
         """What the example of each row is: a typeface, a drawer, a file's path."""
         return [
-            self._names[row // self._rows_per_shard][row % self._rows_per_shard].as_py()
+            self._shards.names(row // self._rows_per_shard)[row % self._rows_per_shard].as_py()
             for row in self.checked(rows).ravel().tolist()
         ]
+
+    @property
+    def _images(self) -> tuple[Pixels, ...]:
+        """Pictures [R, C, H, W] of every shard, in order."""
+        return tuple(self._shards.images(s) for s in range(len(self._manifest["shards"])))
 
     def class_ids(self, split: str) -> range:
         """Global class ids of one split; empty if the store has no such classes."""
@@ -121,97 +132,74 @@ class Store:
         return sha256_bytes(canonical_json([[c.name, c.group, c.count] for c in members]).encode())
 
 
-def open_store(folder: Path) -> Store:
-    """Verify every byte of a store, then map it.
+def open_store(folder: Path, *, at_once_bytes: int = VERIFIED_AT_ONCE_BYTES) -> Store:
+    """Verify a store and open it.
+
+    Every byte is verified before it is used. Of a store of up to `at_once_bytes` all are, now: a
+    run does not begin on altered data. Of a larger one each shard is when the first of its rows is
+    asked for: to open it takes no longer than to read its manifest.
 
     Raises:
         ArtefactError: it is missing, unfinished or altered, holds what stores do not hold, or was
             written by another version.
     """
-    manifest = verify(folder)
+    manifest = verify(folder, later="*.arrow")
     if manifest.get("schema_version") != SCHEMA_VERSION:
         raise ArtefactError(
             f"{folder} has store version {manifest.get('schema_version')!r}, and this program "
             f"reads version {SCHEMA_VERSION}. Make the store again (`dvc repro`)."
         )
     try:
-        return _open(folder, manifest)
-    except (KeyError, TypeError, ValueError, IndexError, pa.ArrowException) as error:
+        store = _open(folder, manifest)
+        if sum(manifest["files"][name]["bytes"] for name in manifest["shards"]) <= at_once_bytes:
+            store._shards.verify_all()
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise ArtefactError(
             f"{folder} is not a store: {error}. Make it again (`dvc repro`)."
         ) from None
+    return store
 
 
-def _open(folder: Path, manifest: Mapping[str, Any]) -> Store:
+def _open(folder: Path, manifest: dict[str, Any]) -> Store:
     channels, height, width = (int(side) for side in manifest["image_shape"])
-    shape = (channels, height, width)
-    digest = _digest(manifest)  # first: it also sees that every shard is a file of the manifest
-    classes = tuple(StoredClass(**entry) for entry in manifest["classes"])
-    tables = [_open_shard(folder / name, shape) for name in manifest["shards"]]
-    images = tuple(t.column("image").to_numpy_ndarray() for t in tables)
-    store = Store(
+    shape, per_shard = (channels, height, width), int(manifest["rows_per_shard"])
+    offsets = _checked_offsets(manifest["classes"], manifest)
+
+    def labels(first: int, last: int) -> npt.NDArray[np.int32]:
+        found = np.searchsorted(offsets, np.arange(first, last), side="right") - 1
+        return found.astype(np.int32)
+
+    return Store(
         folder=folder,
         domain=manifest["domain"],
         image_shape=shape,
-        classes=classes,
         mean=list(manifest["statistics"]["mean"]),
         std=list(manifest["statistics"]["std"]),
         num_rows=manifest["num_rows"],
         rotation=manifest["rotation"],
-        digest=digest,
-        _images=images,
-        _window=_window(images, manifest["rows_per_shard"]),
-        _names=tuple(t.column("name") for t in tables),
-        _rows_per_shard=manifest["rows_per_shard"],
+        _manifest=manifest,
+        _shards=Shards(shard_files(folder, manifest), shape, per_shard, labels),
+        _rows_per_shard=per_shard,
     )
-    stored = np.concatenate([t.column("label").to_numpy() for t in tables])
-    _check_rows(store, stored, [t.num_rows for t in tables])
-    return store
 
 
-def _open_shard(path: Path, shape: tuple[int, int, int]) -> pa.RecordBatch:
-    refuse_foreign_types(path)
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    if not reader.schema.equals(shard_schema(shape), check_metadata=True):
-        raise ArtefactError(f"{path} has other columns than a store. Make it again (`dvc repro`).")
-    if reader.num_record_batches != 1:
-        raise ArtefactError(f"{path} has not exactly one batch. Make it again (`dvc repro`).")
-    batch = reader.get_batch(0)
-    batch.validate()
-    return batch
+def _checked_offsets(
+    classes: Mapping[str, list[Any]], manifest: Mapping[str, Any]
+) -> npt.NDArray[np.int64]:
+    """First row of every class.
 
-
-def _window(images: Sequence[Pixels], rows_per_shard: int) -> _Window:
-    begins = np.array([shard.__array_interface__["data"][0] for shard in images], np.int64)
-    lowest, highest = int(begins.argmin()), int(begins.argmax())
-    num_bytes = images[lowest][0].size
-    first = images[lowest].reshape(-1, num_bytes).view(f"V{num_bytes}")
-    last_picture = int(begins[highest] - begins[lowest]) + (len(images[highest]) - 1) * num_bytes
-    pictures = as_strided(first, shape=(last_picture + 1,), strides=(1,), writeable=False)
-    rows_before = rows_per_shard * np.arange(len(images), dtype=np.int64)
-    return _Window(pictures, begins - begins[lowest] - rows_before * num_bytes)
-
-
-def _check_rows(store: Store, labels: npt.NDArray[np.int32], shard_rows: list[int]) -> None:
-    full, last = shard_rows[:-1], shard_rows[-1]
-    per_shard = store._rows_per_shard
-    ends = np.cumsum([c.count for c in store.classes])
-    starts = [c.offset for c in store.classes]
-    order = ["train", "val", "test"]
-    ranks = [order.index(c.split) for c in store.classes]
+    Raises:
+        ValueError: the classes, the rows and the shards do not agree.
+    """
+    num_rows = manifest["num_rows"]
+    ends = np.cumsum(classes["count"], dtype=np.int64)
+    order = {"train": 0, "val": 1, "test": 2}
+    ranks = np.array([order[split] for split in classes["split"]])
     if (
-        any(rows != per_shard for rows in full)
-        or last > per_shard
-        or starts != [0, *ends[:-1].tolist()]
-        or ends[-1] != store.num_rows
-        or ranks != sorted(ranks)
-        or not np.array_equal(labels, store.labels())
+        len({len(classes[name]) for name in ("name", "group", "split", "count")}) != 1
+        or ends[-1] != num_rows
+        or (ranks[1:] < ranks[:-1]).any()
+        or -(-num_rows // manifest["rows_per_shard"]) != len(manifest["shards"])
     ):
         raise ValueError("its manifest and its rows do not agree")
-
-
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """Over all that a reader can see of the content; not over the report of what was dropped."""
-    header = {key: value for key, value in manifest.items() if key != "files"}
-    shards = {name: manifest["files"][name] for name in manifest["shards"]}
-    return sha256_bytes(canonical_json({"header": header, "shards": shards}).encode())
+    return np.concatenate([[0], ends[:-1]])

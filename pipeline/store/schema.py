@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from pipeline.core.errors import ArtefactError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAGIC = b"ARROW1"
 _EXTENSION = "arrow.fixed_shape_tensor"
 
@@ -33,7 +33,7 @@ def shard_schema(image_shape: tuple[int, int, int]) -> pa.Schema:
     )
 
 
-def refuse_foreign_types(path: Path) -> None:
+def refuse_foreign_types(path: Path, content: memoryview) -> None:
     """Refuse a shard whose schema names anything but our columns and the tensor type.
 
     Merely parsing a schema runs the decoder of each extension type that is registered in the
@@ -44,7 +44,7 @@ def refuse_foreign_types(path: Path) -> None:
     Raises:
         ArtefactError: there is a string that a shard of ours does not have.
     """
-    for text in _strings(_footer(path)):
+    for text in _strings(_footer(path, content)):
         if text not in {"image", "label", "name", _EXTENSION} and not _TENSOR_KEYS.fullmatch(text):
             raise ArtefactError(
                 f"{path} holds a column, type or metadata that stores do not have: {text[:80]!r}. "
@@ -58,17 +58,13 @@ _TENSOR_KEYS = re.compile(
 )
 
 
-def _footer(path: Path) -> bytes:
-    with path.open("rb") as file:
-        size = file.seek(0, 2)
-        tail = len(_MAGIC) + 4
-        if size >= tail:
-            file.seek(size - tail)
-            trailer = file.read(tail)
-            length = int.from_bytes(trailer[:4], "little")
-            if trailer.endswith(_MAGIC) and length <= size - tail:
-                file.seek(size - tail - length)
-                return file.read(length)
+def _footer(path: Path, content: memoryview) -> bytes:
+    size, tail = len(content), len(_MAGIC) + 4
+    if size >= tail:
+        trailer = bytes(content[-tail:])
+        length = int.from_bytes(trailer[:4], "little")
+        if trailer.endswith(_MAGIC) and length <= size - tail:
+            return bytes(content[size - tail - length : size - tail])
     raise ArtefactError(f"{path} is not an Arrow file. Make the store again (`dvc repro`).")
 
 

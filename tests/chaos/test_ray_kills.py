@@ -158,6 +158,9 @@ def preempt() -> None:
     gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
     (node,) = [n for n in ray.nodes() if n["Alive"] and n["Labels"].get("metaloom-node") == "node"]
     accepted, why = gcs.drain_node(
-        node["NodeID"], 2, "a test", int((time.time() + 30) * 1000)  # 2: pre-emption
+        node["NodeID"],
+        2,
+        "a test",
+        int((time.time() + 30) * 1000),  # 2: pre-emption
     )
     assert accepted, why

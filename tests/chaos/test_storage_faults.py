@@ -136,7 +136,9 @@ def test_a_new_machine_does_not_begin_anew_while_the_store_is_silent(
     s3.stop()
     try:
         run.start(2)
-        with pytest.raises(StorageError, match="may hold a newer checkpoint.*unset METALOOM_STORAGE"):
+        with pytest.raises(
+            StorageError, match="may hold a newer checkpoint.*unset METALOOM_STORAGE"
+        ):
             run.end()
     finally:
         s3.start()

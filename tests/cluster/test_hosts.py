@@ -17,7 +17,7 @@ from pipeline.runtime.journal import read_points
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import MetaTrainJob
 from tests.chaos.campaign import Campaign, Try
-from tests.chaos.conftest import campaign as campaign  # noqa: PLC0414
+from tests.chaos.conftest import campaign as campaign
 from tests.chaos.disturbed import CHECKPOINT_EVERY, ENTRY, long_job, undisturbed
 from tests.cluster.hosts import Host, make_hosts
 from tests.contract.drive import REPOSITORY, outcome, write_drive

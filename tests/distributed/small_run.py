@@ -71,6 +71,7 @@ def make_job(
         checkpoints=folder / "checkpoints",
         journal=folder / "journal.jsonl",
         choices=folder / "engine.json",
+        incidents=folder / "incidents",
     )
 
 

@@ -24,15 +24,8 @@ from pipeline.core.config import load_section
 from pipeline.core.errors import ArtefactError, RegistryError
 from pipeline.core.files import new_folder, read_json, sha256_file
 from pipeline.deploy.bundle import WEIGHTS
-from pipeline.deploy.registry import (
-    CHALLENGER,
-    CHAMPION,
-    PASSED,
-    PREVIOUS,
-    ROLLED_BACK_TAG,
-    SMOKE_TAG,
-    Registry,
-)
+from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, ROLLED_BACK_TAG
+from pipeline.deploy.registry import PASSED, SMOKE_TAG, Registry
 from pipeline.deploy.release import DeployConfig, Sources, deploy, prepare, refuse_failed_smoke
 from pipeline.engine.learner import Learner, Preprocessing, save_learner
 from pipeline.evaluation.evaluate import EvaluateConfig, EvaluateJob, run

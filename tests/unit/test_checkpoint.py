@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from pipeline.core.errors import ArtefactError, TrainingError
-from pipeline.core.files import verify
+from pipeline.core.files import new_folder, verify
 from pipeline.runtime.checkpoint import load_checkpoint, save_checkpoint, tidy_checkpoints
 
 
@@ -74,7 +74,7 @@ def test_a_thousand_mutations_are_refused_by_name_and_the_one_before_is_used(
     rng = random.Random(0)
     refused = 0
     for i in range(1000):
-        folder = tmp_path / f"run-{i}"
+        folder = tmp_path / f"{i}" / "clean"  # a run's folder keeps its name: checkpoints hold it
         shutil.copytree(tmp_path / "clean", folder)
         done = mutate(folder / "step-00000020", rng)
         with pytest.raises(ArtefactError):
@@ -97,6 +97,32 @@ def test_a_foreign_step_is_not_loaded_under_another_name(tmp_path: Path) -> None
     save(tmp_path, 10)
     (tmp_path / "step-00000010").rename(tmp_path / "step-00000099")
     with pytest.raises(ArtefactError, match="holds step 10"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_checkpoint_of_another_run_is_set_aside_by_name(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Copied from another run's folder, whole and newer than all others: still not this run's."""
+    save(tmp_path / "this", 10)
+    save(tmp_path / "other", 20)
+    shutil.copytree(tmp_path / "other" / "step-00000020", tmp_path / "this" / "step-00000020")
+    with pytest.raises(ArtefactError, match="it is of another run, other"):
+        load_checkpoint(tmp_path / "this")
+    tidy_checkpoints(tmp_path / "this")
+    assert "it is of another run, other" in capfd.readouterr().err
+    saved = load_checkpoint(tmp_path / "this")
+    assert saved is not None
+    assert saved.state["step"] == 10
+    assert len(list((tmp_path / "this").glob("damaged-*-step-00000020"))) == 1
+
+
+@pytest.mark.parametrize("step", [None, "20", 2.5])
+def test_a_manifest_without_a_step_is_refused(tmp_path: Path, step: object) -> None:
+    folder = tmp_path / "step-00000020"
+    with new_folder(folder, step=step, run=tmp_path.name):
+        pass
+    with pytest.raises(ArtefactError, match="not the one of its name"):
         load_checkpoint(tmp_path)
 
 

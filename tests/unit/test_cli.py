@@ -19,7 +19,10 @@ from pipeline.doctor import PACKAGES, SECTIONS, Finding, examine
 from pipeline.domains.glyphs import GlyphsConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-COMMANDS = {"doctor", "promote", "release", "report", "rollback", "schema", "serve", "ui"}
+COMMANDS = {
+    *("doctor", "promote", "release", "replay", "report", "rollback", "run", "schema", "serve"),
+    *("share", "ui", "upload", "lineage"),
+}
 
 
 def metaloom(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

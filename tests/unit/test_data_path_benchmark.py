@@ -31,7 +31,11 @@ def test_a_short_run_writes_every_row(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(moved) == 9
     for row in moved:  # 80 pictures of 784 bytes an episode, each read and written
         assert row.bytes_per_second == pytest.approx(row.tasks_per_second * 2 * 80 * 784)
-    assert sorted(row.store_rows for row in rows if row.store_rows) == [1000, 1000, 3000, 3000]
+    sized = [row for row in rows if row.store_rows]
+    assert sorted(row.store_rows for row in sized) == [1000] * 3 + [3000] * 3
+    for row in sized:
+        assert 0 < row.open_seconds < 60 and 0 < row.verify_seconds < 60
+        assert row.growth_bytes < 2**26
 
 
 def test_a_synthetic_store_is_a_store_and_is_gone_afterwards() -> None:

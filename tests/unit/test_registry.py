@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,11 @@ import pytest
 from pipeline.core.errors import ArtefactError, RegistryError
 from pipeline.core.files import sha256_file
 from pipeline.deploy.bundle import Bundle
-from pipeline.deploy.registry import (
-    CHAMPION,
-    PASSED,
-    PREVIOUS,
-    ROLLED_BACK_TAG,
-    SMOKE_TAG,
-    Registry,
-    Version,
-    requirements,
-)
+from pipeline.deploy.champions import CHAMPION, PREVIOUS, ROLLED_BACK_TAG
+from pipeline.deploy.packing import requirements
+from pipeline.deploy.patience import Patience
+from pipeline.deploy.promotions import LostRaceError
+from pipeline.deploy.registry import DAMAGED_TAG, PASSED, SMOKE_TAG, Registry, Version
 from pipeline.runtime.mlflow_tracker import _datasets
 from pipeline.runtime.tracking import DataInput, RunStart
 from tests.unit.tiny_learner import base64_png, picture, tiny_bundle
@@ -59,10 +55,12 @@ def filled(root: Path, bundles: list[Bundle]) -> Registry:
 
 @pytest.fixture
 def registry(filled: Registry) -> Registry:
-    """Without aliases and history, as just after registration."""
+    """Without aliases and record, as just after registration."""
+    champions = filled._champions
     for alias in filled.aliases():
-        filled._drop(alias)
-    filled._set_history([])
+        champions.drop(alias)
+    if champions.standing().winners:
+        filled._client.delete_registered_model(champions.record_name)
     return filled
 
 
@@ -192,6 +190,43 @@ def test_an_altered_artefact_neither_serves_nor_runs(registry: Registry, tmp_pat
     assert registry.rollback()[0].number == 1
 
 
+def test_a_damaged_version_is_marked_and_registered_anew(root: Path, tmp_path: Path) -> None:
+    """Its files are cut or gone: it is found no more, is not promoted, and does not stand in the way."""
+    registry = Registry(root, "damaged-toy")
+    bundle = tiny_bundle(tmp_path, 7)
+    for number, damage in enumerate(("cut", "gone"), start=1):
+        version, new = registry.register(bundle, EXAMPLE, tags=TESTED)
+        assert (version.number, new) == (number, True)
+        folder = model_folder(registry, number) / "artifacts" / "bundle"
+        weights = folder / "weights.safetensors"
+        if damage == "cut":
+            weights.write_bytes(weights.read_bytes()[:100])
+        else:
+            shutil.rmtree(folder)
+        with pytest.raises(ArtefactError):
+            registry.promote(version)
+    version, new = registry.register(bundle, EXAMPLE, tags=TESTED)
+    assert (version.number, new) == (3, True)
+    found = registry.find(bundle.digest)
+    assert found is not None and found.number == 3
+    assert [DAMAGED_TAG in one.tags for one in registry.versions()] == [True, True, False]
+    registry.promote(version)
+    assert registry.aliases() == {CHAMPION: 3}
+
+
+def test_a_decision_on_an_old_standing_loses(registry: Registry) -> None:
+    """Two releases judged against the same champion: the second one is told, and changes nothing."""
+    first, second, third, _ = versions(registry)
+    registry.promote(first)
+    judged = registry.standing()
+    registry.promote(second, since=judged)
+    with pytest.raises(
+        LostRaceError, match=r"version 3 .* was not promoted: .* 2 became the champion"
+    ):
+        registry.promote(third, since=judged)
+    assert registry.aliases() == {CHAMPION: 2, PREVIOUS: 1}
+
+
 def test_a_strangers_version_is_not_opened(registry: Registry, tmp_path: Path) -> None:
     client: Any = registry._client
     client.create_registered_model("stranger")
@@ -207,7 +242,7 @@ def test_a_registry_that_does_not_answer_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    registry = Registry(tmp_path, "tiny-toy")
+    registry = Registry(tmp_path, "tiny-toy", Patience(unreached_seconds=0.5))
     told = (
         r"^the registry at http://127\.0\.0\.1:9 does not answer: .*set MLFLOW_TRACKING_URI right"
     )

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ import pytest
 
 from pipeline.core.errors import ArtefactError
 from pipeline.core.files import MANIFEST, read_json, seal, verify
-from pipeline.store.reader import StoredClass, open_store
+from pipeline.store import shards
+from pipeline.store.reader import Store, StoredClass, open_store
 from pipeline.store.writer import StoreContent, write_store
 
 
@@ -101,7 +103,7 @@ def test_without_the_manifest_flips_would_go_unnoticed(
 ) -> None:
     """The guard is what catches them: Arrow itself reads most flipped bits without a word."""
     small_store(tmp_path / "store")
-    monkeypatch.setattr("pipeline.store.reader.verify", lambda folder: read_json(folder / MANIFEST))
+    monkeypatch.setattr("pipeline.store.shards._check_hash", lambda expected, file: None)
     shard = tmp_path / "store" / "shard-00001.arrow"
     content = shard.read_bytes()
     silent = 0
@@ -113,11 +115,109 @@ def test_without_the_manifest_flips_would_go_unnoticed(
     assert silent > 30
 
 
+def damage(path: Path, kind: str) -> None:
+    """Alter a file that somebody has open, in place; or put another in its place."""
+    content = bytearray(path.read_bytes())
+    if kind == "cut":
+        del content[len(content) // 2 :]
+    elif kind in ("flip", "replace"):
+        content[len(content) // 2] ^= 1
+    if kind == "replace":
+        path.with_name("other").write_bytes(content)
+        path.with_name("other").rename(path)
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["flip", "cut"])
+@pytest.mark.parametrize("when", ["before it is opened", "while it is open"])
+def test_no_row_of_a_tampered_shard_is_returned_by_a_store_that_verifies_later(
+    tmp_path: Path, kind: str, when: str
+) -> None:
+    """Not the first time nor later; and rows of the other shards are, for they are good."""
+    small_store(tmp_path / "store")
+    victim, good, bad = tmp_path / "store" / "shard-00001.arrow", np.r_[0:20, 40:60], np.r_[20:40]
+    if when == "before it is opened":
+        if kind == "cut":  # seen by its size
+            damage(victim, kind)
+            with pytest.raises(ArtefactError, match=r"shard-00001\.arrow has the wrong size"):
+                open_store(tmp_path / "store", at_once_bytes=0)
+            return
+        damage(victim, kind)
+    store = open_store(tmp_path / "store", at_once_bytes=0)
+    if when == "while it is open":
+        damage(victim, kind)
+    for _ in range(2):
+        for row in bad:
+            for use in (store.gather, store.names):
+                with pytest.raises(ArtefactError, match=r"shard-00001\.arrow was altered"):
+                    use(np.array([3, row]))
+        assert np.array_equal(store.gather(good)[:, 0, 0, 0], good)
+    with pytest.raises(ArtefactError, match=r"shard-00001\.arrow (was altered|has the wrong size)"):
+        open_store(tmp_path / "store")
+
+
+def test_an_open_store_stays_what_it_was_when_another_is_put_in_its_place(tmp_path: Path) -> None:
+    """Verified or not yet: its files are held open, so none of another version gets in."""
+    small_store(tmp_path / "store")
+    store = open_store(tmp_path / "store", at_once_bytes=0)
+    first = store.gather(np.arange(20))
+    small_store(tmp_path / "store", level=100)
+    rows = np.arange(store.num_rows)
+    assert np.array_equal(store.gather(rows)[:, 0, 0, 0], rows)
+    assert np.array_equal(first[:, 0, 0, 0], rows[:20])
+    assert store.digest != open_store(tmp_path / "store").digest
+
+
+def test_many_threads_may_ask_for_the_first_rows(tmp_path: Path) -> None:
+    small_store(tmp_path / "store", num_shards=30)
+    rng, wrong = np.random.default_rng(0), []
+    for _ in range(20):
+        store = open_store(tmp_path / "store", at_once_bytes=0)
+
+        def ask(store: Store, rows: np.ndarray) -> None:
+            for some in np.split(rows, 50):
+                if not np.array_equal(store.gather(some)[:, 0, 0, 0], some % 256):
+                    wrong.append(some)
+
+        threads = [
+            threading.Thread(target=ask, args=(store, rng.permutation(600))) for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_shards_are_verified_when_they_are_touched_or_all_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_store(tmp_path / "store", num_shards=5)
+    checked: list[str] = []
+    real = shards._check_hash
+
+    def note(expected: shards.ShardFile, file: BufferedReader) -> None:
+        checked.append(expected.path.name)
+        real(expected, file)
+
+    monkeypatch.setattr(shards, "_check_hash", note)
+    store = open_store(tmp_path / "store", at_once_bytes=0)
+    assert checked == []
+    store.gather(np.array([[45, 5], [46, 5]]))
+    assert checked == ["shard-00000.arrow", "shard-00002.arrow"]
+    store.gather(np.arange(100))
+    assert sorted(checked) == [f"shard-0000{i}.arrow" for i in range(5)]
+    checked.clear()
+    open_store(tmp_path / "store").gather(np.arange(100))
+    assert sorted(checked) == [f"shard-0000{i}.arrow" for i in range(5)]
+
+
 def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
     small_store(tmp_path / "store")
     path = tmp_path / "store" / MANIFEST
     content = path.read_text()
-    path.write_text(content.replace('"split": "test"', '"split": "train"'))
+    path.write_text(content.replace('"test"', '"train"'))
     with pytest.raises(ArtefactError, match="altered"):
         open_store(tmp_path / "store")
 
@@ -125,11 +225,12 @@ def test_a_changed_manifest_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "what"),
     [
-        ("schema_version", 2, "version 2"),
+        ("schema_version", 1, "version 1"),
         ("num_rows", 61, "do not agree"),
         ("rows_per_shard", 21, "do not agree"),
         ("image_shape", [1, 16, 15], "other columns|not have"),
         ("image_shape", "wide", "is not a store"),
+        ("classes", {}, "is not a store"),
         ("classes", [], "is not a store"),
         ("shards", ["shard-00000.arrow"], "do not agree"),
         ("shards", ["../secret.arrow"], "is not a store"),

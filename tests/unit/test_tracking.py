@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -21,10 +23,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.config import Section
-from pipeline.core.errors import TrainingError
+from pipeline.core.errors import RegistryError, TrainingError
 from pipeline.core.files import new_folder
 from pipeline.runtime import lineage
-from pipeline.runtime.journal import Journal, Point
+from pipeline.runtime.journal import FreshPoints, Journal, Point, read_points
+from pipeline.runtime.kept import Kept, journal_folder, kept_journals, stamped
 from pipeline.runtime.recorder import Patience, Recorder, record
 from pipeline.runtime.tracking import (
     FAILED,
@@ -35,6 +38,7 @@ from pipeline.runtime.tracking import (
     RunStart,
     stage_run,
 )
+from pipeline.runtime.upload import refuse_unsent, upload
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -209,7 +213,7 @@ def test_restored_stages_are_linked_and_stale_runs_closed(
     parent = client.get_run(ids.parent)
     assert parent.data.tags["restored.preprocess"] == maker.info.run_id
     assert client.get_run(maker.info.run_id).data.tags[f"reused_by.{ids.parent}"] == "preprocess"
-    tracker.finish(ids, FINISHED, {})
+    tracker.finish(ids, FINISHED, {}, time.time())
     assert client.get_run(ids.parent).info.status == FINISHED
 
 
@@ -224,7 +228,9 @@ def test_the_twin_links_as_mlflow_does(tmp_path: Path, monkeypatch: pytest.Monke
         for pipeline, items in (("old", ("a", "b")), ("new", ("b",))):
             for item in items:
                 ids = tracker.start(RunStart("pretrain", f"{pipeline}-{item}", pipeline=pipeline))
-                tracker.finish(ids, FINISHED, {f"output.models/{item}": f"hash-{pipeline}-{item}"})
+                tracker.finish(
+                    ids, FINISHED, {f"output.models/{item}": f"hash-{pipeline}-{item}"}, time.time()
+                )
                 links[ids.child] = f"{pipeline}-{item}"
         ids = tracker.start(RunStart("deploy", "deploy", pipeline="new"))
         outputs = {
@@ -234,7 +240,7 @@ def test_the_twin_links_as_mlflow_does(tmp_path: Path, monkeypatch: pytest.Monke
             "deploy": {},
         }
         makers = tracker.link(ids, outputs)
-        tracker.finish(ids, FINISHED, {})
+        tracker.finish(ids, FINISHED, {}, time.time())
         found.append({stage: links.get(maker, maker) for stage, maker in makers.items()})
     assert found[0] == found[1] == {"pretrain@a": "old-a", "evaluate": "unknown"}
 
@@ -255,14 +261,14 @@ class Flaky(MemoryTracker):
             raise TimeoutError("no answer")
         return result
 
-    def start(self, run: RunStart) -> RunIds:
+    def start(self, run: RunStart, known: RunIds | None = None) -> RunIds:
         return self._step(lambda: MemoryTracker.start(self, run))
 
     def log(self, ids: RunIds, points: Sequence[Point]) -> None:
         self._step(lambda: MemoryTracker.log(self, ids, points))
 
-    def finish(self, ids: RunIds, status: str, tags: Any) -> None:
-        self._step(lambda: MemoryTracker.finish(self, ids, status, tags))
+    def finish(self, ids: RunIds, status: str, tags: Any, ended: float) -> None:
+        self._step(lambda: MemoryTracker.finish(self, ids, status, tags, ended))
 
 
 @settings(max_examples=40, deadline=None)
@@ -291,6 +297,153 @@ def test_after_any_faults_every_point_is_there_once(
     assert recorder.done
     assert sorted(step for _, _, step, _ in tracker.points) == list(range(count))
     assert tracker.finished["k"][0] == FINISHED
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_points_that_a_restarted_worker_writes_again_are_told_once(
+    tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
+    """Against the plain thing: a set of all (metric, step, value) that stood in the journal."""
+    journal = tmp_path_factory.mktemp("journal") / "points.jsonl"
+    points = data.draw(
+        st.lists(
+            st.tuples(st.integers(0, 6), st.sampled_from("ab"), st.integers(0, 1)), max_size=40
+        )
+    )
+    writer = Journal(journal)
+    expected, known = [], set()
+    fresh, found = FreshPoints(journal), []
+    for step, name, value in points:
+        writer.write(step, {name: float(value)})
+        if (step, name, value) not in known:
+            expected.append((step, name, value))
+        known.add((step, name, value))
+        if data.draw(st.booleans()):  # the recorder looks while the worker writes
+            found += fresh.take(data.draw(st.integers(1, 5)))
+    while taken := fresh.take(7):
+        found += taken
+    assert [(p.step, n, v) for p in found for n, v in p.metrics.items()] == expected
+
+
+@given(cut=st.integers(1, 30), count=st.integers(0, 5))
+def test_a_torn_line_costs_its_own_point_alone(
+    tmp_path_factory: pytest.TempPathFactory, cut: int, count: int
+) -> None:
+    """A worker is killed in the middle of a line; its successor opens the file and goes on."""
+    journal = tmp_path_factory.mktemp("journal") / "points.jsonl"
+    Journal(journal).write(0, {"loss": 1.0})
+    whole = journal.read_bytes()
+    Journal(journal).write(1, {"loss": 2.0})
+    journal.write_bytes(journal.read_bytes()[: len(whole) + cut])
+    assert [p.step for p, _ in read_points(journal)] == [0]
+    after = Journal(journal)
+    for step in range(2, 2 + count):
+        after.write(step, {"loss": 3.0})
+    assert [p.step for p, _ in read_points(journal)] == [0, *range(2, 2 + count)]
+
+
+def test_a_full_disk_costs_points_and_not_the_stage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real limit on the file's size (EFBIG, as ENOSPC would be), lifted again."""
+    path = tmp_path / "points.jsonl"
+    journal = Journal(path)
+    journal.write(0, {"loss": 0.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, before[1]))
+        for step in range(1, 5):
+            journal.write(step, {"loss": 0.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    journal.write(5, {"loss": 0.0})
+    assert [p.step for p, _ in read_points(path)] == [0, 5]
+    assert capsys.readouterr().err.count("takes no more metrics") == 1
+
+
+def keep_a_run(root: Path, key: str, *, status: str | None = FINISHED, count: int = 450) -> Path:
+    """What a stage leaves whose recorder could send nothing."""
+    journal = journal_folder(root) / f"meta_train-{key}.jsonl"
+    writer, kept = Journal(journal), Kept(journal)
+    run = {"stage": "meta_train", "key": key, "inputs": [], "pipeline": "p", "process": "other/1/0"}
+    kept.write(stamped("start", run=run))
+    for step in range(count):
+        writer.write(step, {"loss": float(step)})
+    if status is not None:
+        kept.write(stamped("end", status=status, tags={"error": "none"}))
+    kept.close()
+    return journal
+
+
+def test_uploads_are_idempotent_wherever_they_break(tmp_path: Path) -> None:
+    """A fault before or after any call; then once more without: each point once, closed as it was."""
+    for broken, fault in itertools.product(range(7), ("before", "after")):
+        journal = keep_a_run(tmp_path, f"{broken}{fault}", status=FAILED)
+        tracker = Flaky()
+        tracker.plan = ["fine"] * broken + [fault]
+        outcomes = upload(tmp_path, lambda tracker=tracker: tracker)
+        if outcomes[0].outcome == "refused":
+            assert journal.exists()
+            with pytest.raises(RegistryError, match=r"1 of 1 kept runs could not be sent whole"):
+                refuse_unsent(outcomes)
+            outcomes = upload(tmp_path, lambda tracker=tracker: tracker)
+        refuse_unsent(outcomes)
+        assert [(one.outcome, one.points, one.detail) for one in outcomes] == [
+            ("sent", 450, FAILED)
+        ]
+        assert sorted(step for _, _, step, _ in tracker.points) == list(range(450))
+        assert tracker.finished[f"{broken}{fault}"][0] == FAILED
+        assert not kept_journals(tmp_path) and not list(journal.parent.iterdir())
+
+
+def test_an_upload_leaves_living_runs_alone_and_closes_killed_ones(tmp_path: Path) -> None:
+    living, killed = keep_a_run(tmp_path, "living"), keep_a_run(tmp_path, "killed", status=None)
+    tracker = MemoryTracker()
+    holder = Kept(living)  # as its stage or its recorder does
+    outcomes = {one.journal: one.outcome for one in upload(tmp_path, lambda: tracker)}
+    assert outcomes == {living.name: "left", killed.name: "sent"}
+    assert set(tracker.finished) == {"killed"} and tracker.finished["killed"][0] == KILLED
+    holder.close()
+    assert [one.outcome for one in upload(tmp_path, lambda: tracker)] == ["sent"]
+    assert tracker.finished["living"][0] == FINISHED
+
+
+def test_an_upload_without_a_server_keeps_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.runtime.mlflow_tracker import MlflowTracker
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    assert upload(tmp_path, lambda: MlflowTracker(tmp_path)) == []
+    journal = keep_a_run(tmp_path, "k")
+    with pytest.raises(RegistryError, match=r"nothing was sent: .* 1 runs are still kept in"):
+        upload(tmp_path, lambda: MlflowTracker(tmp_path))
+    assert kept_journals(tmp_path) == [journal]
+
+
+def test_a_late_upload_keeps_the_times_and_the_pipelines_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run gets the times of the stage, and a pipeline that went on keeps its own status."""
+    from pipeline.runtime.mlflow_tracker import MlflowTracker
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    here = lineage.process_name(os.getpid())
+    tracker = MlflowTracker(tmp_path)
+    ids = tracker.start(RunStart("deploy", "later", pipeline="p", owner=here, process=here))
+    tracker.finish(ids, FINISHED, {}, time.time())
+    keep_a_run(tmp_path, "early", status=FAILED, count=3)
+    (sent,) = upload(tmp_path, lambda: MlflowTracker(tmp_path))
+    assert sent.run_id is not None
+    run = tracker._client.get_run(sent.run_id)
+    assert run.info.status == FAILED and run.data.tags["mlflow.parentRunId"] == ids.parent
+    assert tracker._client.get_run(ids.parent).info.status == FINISHED
+    history = tracker._client.get_metric_history(sent.run_id, "loss")
+    assert [m.step for m in history] == [0, 1, 2]
+    assert run.info.end_time >= max(m.timestamp for m in history)
 
 
 def test_a_dead_server_is_said_once_and_given_up_within_the_bound(

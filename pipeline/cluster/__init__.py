@@ -1,0 +1,1 @@
+"""Runs that leave the working tree alone, and what machines share."""

@@ -1,0 +1,142 @@
+"""Trying again, within a bound, when the registry's server or its database is gone for a while."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+from pipeline.core.errors import PipelineError, RegistryError
+
+Result = TypeVar("Result")
+
+_TRANSIENT_CODES = {
+    *("TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED"),
+    *("DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED"),
+}
+_SAID = {"TEMPORARILY_UNAVAILABLE", "REQUEST_LIMIT_EXCEEDED"}
+_CUT_CONNECTIONS = (
+    *("connection already closed", "server closed the connection", "terminating connection"),
+    *("Can't reconnect until invalid transaction", "connection is closed"),
+)
+"""What the database layer says of a connection that a restart has cut; MLflow calls some of these
+a bad request."""
+_LOWEST_SERVER_ERROR = 500
+
+
+class UnansweredError(RegistryError):
+    """The registry did not answer for as long as we try."""
+
+    state_is_said = False
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a call is tried, in seconds."""
+
+    seconds: float = 60.0
+    """Once the registry has answered: then a restart is what it most likely is."""
+    unreached_seconds: float = 3.0
+    """Before its first answer: then the address may be wrong."""
+    first_wait: float = 0.2
+    longest_wait: float = 5.0
+
+
+DEFAULT_PATIENCE = Patience()
+
+
+class Persistent:
+    """Calls that are repeated while their faults are transient; the calls must bear it."""
+
+    def __init__(self, shown: str, patience: Patience = DEFAULT_PATIENCE) -> None:
+        self._shown = shown
+        self._patience = patience
+        self._answered = False
+
+    def __call__(self, call: Callable[[], Result]) -> Result:
+        """The call's result; any fault that waiting does not mend is raised as it is.
+
+        Raises:
+            UnansweredError: the patience is spent.
+        """
+        wait, told, begin = self._patience.first_wait, False, time.monotonic()
+        while True:
+            try:
+                result = call()
+                self._answered = True
+                return result
+            except Exception as error:
+                if isinstance(error, PipelineError) or not is_transient(error):
+                    raise
+                fault = error
+                self._answered = self._answered or _is_answer(error)
+            patience = (
+                self._patience.seconds if self._answered else self._patience.unreached_seconds
+            )
+            if time.monotonic() - begin + wait > patience:
+                raise UnansweredError(
+                    f"the registry at {self._shown} does not answer: {_reason(fault)}. Start its "
+                    "server, or set MLFLOW_TRACKING_URI right; `metaloom doctor` looks into it."
+                ) from None
+            if not told and self._answered:
+                _tell(
+                    f"the registry does not answer ({_reason(fault)[:100]}); trying again for "
+                    f"{patience:.0f} s."
+                )
+                told = True
+            time.sleep(wait)
+            wait = min(2 * wait, self._patience.longest_wait)
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether the same call may succeed a little later: no answer, or a fault of the server's own.
+
+    Known by shape, since this module does without MLflow and its HTTP and database libraries.
+    """
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    response = getattr(error, "response", None)
+    if response is not None:  # of `requests`: an artefact's upload or download
+        return int(response.status_code) >= _LOWEST_SERVER_ERROR or response.status_code == 429
+    if type(error).__module__.partition(".")[0] in {"requests", "urllib3"}:
+        return True
+    code = getattr(error, "error_code", None)
+    return code in _TRANSIENT_CODES or (
+        code is not None and any(text in str(error) for text in _CUT_CONNECTIONS)
+    )
+
+
+def _is_answer(fault: Exception) -> bool:
+    """Whether a server said it: the address is right then, however ill the server is."""
+    status = getattr(getattr(fault, "response", None), "status_code", None)
+    return status is not None or "error responses" in str(fault) or code_of(fault) in _SAID
+
+
+@contextmanager
+def state_said(state: str) -> Iterator[None]:
+    """Add to the error of spent patience what state things are in, unless one within did."""
+    try:
+        yield
+    except UnansweredError as error:
+        if error.state_is_said:
+            raise
+        told = UnansweredError(f"{error}\n{state}")
+        told.state_is_said = True
+        raise told from None
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:300]
+
+
+def _tell(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def code_of(error: Exception) -> str:
+    """MLflow's own name of a fault; empty for faults of other kinds."""
+    return str(getattr(error, "error_code", ""))

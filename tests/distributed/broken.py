@@ -1,0 +1,104 @@
+"""Entries of workers on machines that err: whole runs with one thing wrong in one of them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.core.config import Section
+from pipeline.runtime.context import Context
+from pipeline.store.reader import Store
+from pipeline.training import loop
+from pipeline.training.loop import OuterConfig
+from pipeline.training.meta_train import MetaTrainJob, run
+from pipeline.training.programs import MetaTraining
+from pipeline.training.state import TrainState
+from pipeline.training.steps import Step
+
+
+class Flip(Section):
+    """One bit of one worker's parameters flips, once."""
+
+    job: MetaTrainJob
+    rank: int
+    step: int
+    """Behind this one's update"""
+    place: float
+    """Which parameter, in [0, 1)"""
+    bit: int
+    done: Path
+    """Made when it has happened"""
+    guarded: bool = True
+
+
+def flipped(plan: Flip, context: Context) -> dict[str, Any]:
+    """Train on memory that errs once."""
+    update = loop._update
+
+    def err(state: TrainState, step: Step, config: OuterConfig) -> TrainState:
+        new = update(state, step, config)
+        if context.rank == plan.rank and new.progress.step == plan.step and not plan.done.exists():
+            plan.done.touch()
+            words = new.vector.view(torch.int32)
+            words[int(plan.place * len(words))] ^= -(2**31) if plan.bit == 31 else 1 << plan.bit
+        return new
+
+    loop._update = err
+    if not plan.guarded:
+        loop.check_agreement = lambda tensors, step, context: None
+    return run(plan.job, context)
+
+
+class Bug(Section):
+    """A mistake that ends the process at some steps."""
+
+    job: MetaTrainJob
+    starts: Path
+    """A line for every start that met a step of the mistake: which"""
+    times: dict[int, int | None]
+    """At which step how often; None: always"""
+
+
+def buggy(plan: Bug, context: Context) -> dict[str, Any]:
+    """Train with a mistake of ours on the last worker."""
+    update = loop._update
+
+    def err(state: TrainState, step: Step, config: OuterConfig) -> TrainState:
+        at = state.progress.step
+        if context.rank == context.world_size - 1 and at in plan.times:
+            met = plan.starts.read_text().split() if plan.starts.exists() else []
+            most = plan.times[at]
+            if most is None or met.count(str(at)) < most:
+                plan.starts.write_text("\n".join([*met, str(at)]))
+                raise ZeroDivisionError(f"a mistake at step {at}")
+        return update(state, step, config)
+
+    loop._update = err
+    return run(plan.job, context)
+
+
+class Slow(Section):
+    """One worker takes longer."""
+
+    job: MetaTrainJob
+    rank: int
+    seconds: float
+    what: str
+    """`compute` or `data`"""
+
+
+def slowed(plan: Slow, context: Context) -> dict[str, Any]:
+    """Train beside a worker whose processor, or whose disk, is slow."""
+    if context.rank == plan.rank:
+        owner, name = {"compute": (MetaTraining, "gradient"), "data": (Store, "gather")}[plan.what]
+        quick = getattr(owner, name)
+
+        def slow(*arguments: Any) -> Any:
+            time.sleep(plan.seconds)
+            return quick(*arguments)
+
+        setattr(owner, name, slow)
+    return run(plan.job, context)

@@ -1,0 +1,59 @@
+"""Bounded restarts: a mistake that stays ends the run, one that goes away does not (F10)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from pipeline.core.errors import TrainingError
+from pipeline.launch.base import Job
+from pipeline.launch.local import launch_local
+from pipeline.runtime.checkpoint import newest_step
+from pipeline.store.reader import Store
+from tests.distributed.broken import Bug
+from tests.distributed.small_run import digest, make_job
+
+
+def start(plan: Bug, max_restarts: int) -> None:
+    job = Job("tests.distributed.broken:buggy", plan, 1, max_restarts=max_restarts)
+    launch_local(job, plan.starts.parent / "launch")
+
+
+def a_plan(folder: Path, store: Store, tasks: Path, times: dict[int, int | None]) -> Bug:
+    job = make_job(folder, store, tasks, num_steps=30, validate_every=15)
+    return Bug(job=job, starts=folder / "starts", times=times)
+
+
+@pytest.mark.parametrize(
+    ("step", "max_restarts", "starts", "tried"),
+    [(12, 0, 1, r"checkpoint\.$"), (3, 2, 3, r"\(3 starts from step 0\)")],
+)
+def test_a_mistake_that_stays_ends_the_run_by_name(
+    step: int,
+    max_restarts: int,
+    starts: int,
+    tried: str,
+    blob_store: Store,
+    blob_tasks: Path,
+    tmp_path: Path,
+) -> None:
+    plan = a_plan(tmp_path, blob_store, blob_tasks, {step: None})
+    expected = f"worker 0 .*ZeroDivisionError: a mistake at step {step}.*{tried}"
+    with pytest.raises(TrainingError, match=expected):
+        start(plan, max_restarts)
+    assert plan.starts.read_text().split() == [str(step)] * starts
+    assert newest_step(plan.job.checkpoints) == step // 5 * 5
+
+
+def test_mistakes_that_go_away_are_survived_and_progress_begins_the_count_anew(
+    blob_store: Store, blob_tasks: Path, tmp_path: Path
+) -> None:
+    """Four failures with at most two restarts in a row from one checkpoint: the bits of none."""
+    plan = a_plan(tmp_path / "a", blob_store, blob_tasks, {3: 2, 12: 1, 23: 1})
+    start(plan, 2)
+    assert Counter(plan.starts.read_text().split()) == {"3": 2, "12": 1, "23": 1}
+    undisturbed = a_plan(tmp_path / "b", blob_store, blob_tasks, {})
+    start(undisturbed, 0)
+    assert digest(plan.job) == digest(undisturbed.job)
