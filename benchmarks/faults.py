@@ -4,8 +4,8 @@
 
 Runs the same meta-training under each launcher in turn, with clocks around everything that a run
 does for the sake of faults, on its main worker: writing checkpoints; comparing the workers'
-numbers; looking at every group's norm for incidents and at every worker's time for stragglers. Ray runs on
-the cluster of RAY_ADDRESS, or on one that is started for it.
+numbers; looking at every group's norm for incidents and at every worker's time for stragglers. Ray
+runs on the cluster of RAY_ADDRESS, or on one that is started for it.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
     """
     prepare(job, folder)
     with ray_cluster(show_workers=True) as ray, stop_asked() as asked, _token() as token:
-        desk = ray.remote(num_cpus=0)(_Desk).remote(job.max_restarts)
+        desk = _open_desk(ray, job)
         failure: list[Exception] = []
         fit = threading.Thread(target=_fit, args=(job, folder, token, desk, failure), daemon=True)
         fit.start()
@@ -135,6 +135,15 @@ def _token() -> Iterator[Path]:
         yield token
     finally:
         token.unlink()
+
+
+def _open_desk(ray: Any, job: Job) -> Any:
+    """On the driver's node, so that no other node's death takes it away."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0)(_Desk).options(scheduling_strategy=here)
+    return actor.remote(job.max_restarts)
 
 
 def _fit(job: Job, folder: Path, token: Path, desk: Any, failure: list[Exception]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -38,6 +39,7 @@ class PreemptedError(Exception):
 def work(loop: Mapping[str, Any]) -> None:
     """One worker: run the entry; the main one leaves its result at the desk."""
     desk = loop["desk"]
+    _hush()
     try:
         _enter(loop["workspace"])
         config = resolve(loop["kind"]).model_validate_json(loop["config"])
@@ -128,6 +130,14 @@ def _enter(workspace: str) -> None:
             "working folder there, or keep a clone with the same data on every node and set "
             "METALOOM_WORKSPACE to its path."
         ) from None
+
+
+def _hush() -> None:
+    """Ray prints every report that a worker makes; its files keep them."""
+    for name in ("", "ray", "ray.train"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is not logging.FileHandler:
+                handler.addFilter(lambda record: record.levelno >= logging.WARNING)
 
 
 def _node() -> str:

@@ -111,6 +111,8 @@ def ask(port: int, method: str, path: str, headers: dict[str, str]) -> int:
     try:
         connection.request(method, re.sub(r"\{[^}]*\}", "x", path), headers=headers)
         return connection.getresponse().status
+    except TimeoutError as error:
+        raise TimeoutError(f"{method} {path} at port {port} with {sorted(headers)}") from error
     finally:
         connection.close()
 
