@@ -18,6 +18,7 @@ _SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "1",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_DEDUP_LOGS": "0",
     # A report waits until the one before it was looked at; with Ray's 2 s that would be felt.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",
 }

@@ -62,7 +62,7 @@ class Persistent:
         Raises:
             UnansweredError: the patience is spent.
         """
-        wait, told, begin = self._patience.first_wait, False, time.monotonic()
+        wait, told, begin = self._patience.first_wait, False, 0.0
         while True:
             try:
                 result = call()
@@ -73,6 +73,7 @@ class Persistent:
                     raise
                 fault = error
                 self._answered = self._answered or _is_answer(error)
+                begin = begin or time.monotonic()  # an upload may have gone well for long
             patience = (
                 self._patience.seconds if self._answered else self._patience.unreached_seconds
             )
@@ -129,7 +130,8 @@ def state_said(state: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
+    # Of an HTTP client's message the end tells, not the address with its query.
+    lines = str(error).rpartition("(Caused by ")[2].strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,29 +42,33 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
         StoppedError: this process was asked to stop, and the workers did.
     """
     prepare(job, folder)
+    failure: list[BaseException] = []
     with ray_cluster(show_workers=True) as ray, stop_asked() as asked, _token() as token:
         desk = _open_desk(ray, job)
-        failure: list[Exception] = []
-        fit = threading.Thread(target=_fit, args=(job, folder, token, desk, failure), daemon=True)
-        fit.start()
-        stopping = False
-        while fit.is_alive():
-            fit.join(_POLL_SECONDS)
-            if asked() and not stopping:
-                stopping = True
-                desk.stop.remote()
-            _raise_what_is_told(ray.get(desk.error.remote()))
-        _raise_what_is_told(ray.get(desk.error.remote()))
-        done, progress = ray.get(desk.result.remote()), ray.get(desk.progress.remote())
+        ended = threading.Event()
+        watcher = threading.Thread(target=_watch, args=(ray, desk, asked, ended), daemon=True)
+        watcher.start()
+        try:
+            _trainer(job, folder, token, desk).fit()
+        except (Exception, SystemExit) as error:  # Ray leaves by the latter when it is interrupted
+            failure.append(error)
+        ended.set()
+        watcher.join()
+        told = ray.get([desk.error.remote(), desk.result.remote(), desk.progress.remote()])
+    error_told, done, progress = told
+    stopping = asked()
+    _raise_what_is_told(error_told)
     if done is None and stopping:
         raise StoppedError(
             f"stopped behind the checkpoint of step {progress}, as asked. Run the same command "
             "again to go on."
         )
+    if done is None and (not failure or isinstance(failure[0], SystemExit)):
+        raise KeyboardInterrupt
     if done is None:
-        cause = _cause(failure[0]) if failure else "Ray Train ended without a word"
         raise TrainingError(
-            f"{cause}. Run the same command again: it resumes from the last checkpoint."
+            f"{_cause(failure[0])}. Run the same command again: it resumes from the last "
+            "checkpoint."
         )
     _bring_home(job, done["stored"])
     return done["result"]
@@ -146,12 +151,19 @@ def _open_desk(ray: Any, job: Job) -> Any:
     return actor.remote(job.max_restarts)
 
 
-def _fit(job: Job, folder: Path, token: Path, desk: Any, failure: list[Exception]) -> None:
-    """Run the trainer to its end; what it raises is kept for the thread that waits."""
-    try:
-        _trainer(job, folder, token, desk).fit()
-    except Exception as error:
-        failure.append(error)
+def _watch(ray: Any, desk: Any, asked: Callable[[], bool], ended: threading.Event) -> None:
+    """Pass on that the driver was asked to stop; end the run when there is a final error.
+
+    Ray Train restarts whatever fails; Ctrl-C is the way by which it lets a run be given up.
+    """
+    stopping = False
+    while not ended.wait(_POLL_SECONDS):
+        if asked() and not stopping:
+            stopping = True
+            desk.stop.remote()
+        if ray.get(desk.error.remote()) is not None and not ended.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
+            return
 
 
 def _trainer(job: Job, folder: Path, token: Path, desk: Any) -> Any:
@@ -218,7 +230,7 @@ def _labels() -> dict[str, str]:
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
-def _cause(failure: Exception) -> str:
+def _cause(failure: BaseException) -> str:
     """Which worker ended, and how; those that lost it wait, so Ray tells of it first."""
     workers = getattr(failure, "worker_failures", None)
     if not workers:
@@ -242,6 +254,9 @@ def _bring_home(job: Job, stored: str | None) -> None:
         return
     for index, target in enumerate(job.outputs):
         with tempfile.TemporaryDirectory() as scratch:
-            storage.get(f"{stored}/{index}", Path(scratch) / "sealed")
-            shutil.copytree(Path(scratch) / "sealed" / "content", target, dirs_exist_ok=True)
+            sealed = Path(scratch) / "sealed"
+            storage.get(f"{stored}/{index}", sealed)
+            content = sealed / "content"  # of a folder that was not sealed itself
+            found = content if content.is_dir() else sealed
+            shutil.copytree(found, target, dirs_exist_ok=True)
         storage.remove(f"{stored}/{index}")

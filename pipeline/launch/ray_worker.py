@@ -20,7 +20,7 @@ from ray import train
 from ray.train import UserCallback
 
 from pipeline.core.errors import ConfigError, PipelineError, StoppedError
-from pipeline.core.files import new_folder
+from pipeline.core.files import MANIFEST, new_folder
 from pipeline.launch.worker import resolve
 from pipeline.runtime.context import joined_context
 from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
@@ -174,6 +174,9 @@ def _send_home(loop: Mapping[str, Any]) -> str | None:
         )
     name = f"outputs/{uuid.uuid4().hex}"
     for index, output in enumerate(outputs):
+        if (output / MANIFEST).is_file():
+            storage.put(output, f"{name}/{index}")
+            continue
         with tempfile.TemporaryDirectory() as scratch:
             sealed = Path(scratch) / str(index)
             with new_folder(sealed, kind="output") as building:

@@ -263,6 +263,10 @@ def _s3(fs: Any) -> Any:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     scheme, _, host = (endpoint or "").rpartition("://")
     return fs.S3FileSystem(
+        # Said outright, they travel with the object to processes that lack the environment.
+        access_key=os.environ.get("AWS_ACCESS_KEY_ID"),
+        secret_key=os.environ.get("AWS_SECRET_ACCESS_KEY"),
+        session_token=os.environ.get("AWS_SESSION_TOKEN"),
         endpoint_override=host or None,
         scheme=scheme or "https",
         region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
