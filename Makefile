@@ -79,5 +79,6 @@ doctor: $(STAMP)  ## what this machine has and lacks
 	metaloom doctor
 
 clean:  ## remove what runs leave, apart from DVC's cache and the registry
-	rm -rf data/store data/tasks models results .metaloom/checkpoints .metaloom/launch
+	rm -rf data/store data/tasks models results .metaloom/checkpoints .metaloom/launch .metaloom/join
+	rm -rf .metaloom/incidents .metaloom/runs
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache build *.egg-info

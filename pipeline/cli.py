@@ -163,18 +163,23 @@ def lineage(
 
 @app.command()
 def upload(as_json: AsJson = False) -> None:
-    """Send to MLflow the runs that it did not take while they ran, each point once.
+    """Send what MLflow and the object store did not take while runs went on, each thing once.
 
     A stage goes on without MLflow and keeps its points and its settings in .metaloom/journal.
     This sends them, in the run that was begun if there is one, and may be stopped and run again.
-    Runs of stages that are still going are left alone.
+    Runs of stages that are still going are left alone. Checkpoints of unfinished runs go to
+    METALOOM_STORAGE, if it is set.
     """
+    from pipeline.runtime.mirror import upload_checkpoints
     from pipeline.runtime.mlflow_tracker import MlflowTracker
     from pipeline.runtime.upload import as_text, refuse_unsent
     from pipeline.runtime.upload import upload as send
 
+    checkpoints = upload_checkpoints(Path(".metaloom/checkpoints"))
     outcomes = send(Path.cwd(), lambda: MlflowTracker(Path.cwd()))
     print(json.dumps([vars(one) for one in outcomes], indent=2) if as_json else as_text(outcomes))
+    for name in () if as_json else checkpoints:
+        print(f"The newest checkpoint of {name} is in the object store.")
     refuse_unsent(outcomes)
 
 

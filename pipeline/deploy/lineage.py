@@ -111,7 +111,7 @@ def trace(registry: Registry, what: str) -> dict[str, Any]:
     Raises:
         RegistryError: there is no such version, or nothing came from that.
     """
-    if what.isdigit() and len(what) < SHORTEST_PREFIX:
+    if what.isdecimal() and len(what) < SHORTEST_PREFIX:
         version = registry.version(int(what))
         lineage = of_version(version)
         aliases = [

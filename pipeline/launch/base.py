@@ -69,7 +69,10 @@ def bounds_from_environment(name: str, value: str) -> tuple[int | None, int]:
         ConfigError: it is neither.
     """
     low, colon, high = value.partition(":")
-    numbers = [int(part) if part.isdecimal() else 0 for part in ((low, high) if colon else (low,))]
+    numbers = [
+        int(part) if part.isdecimal() and len(part) < 7 else 0
+        for part in ((low, high) if colon else (low,))
+    ]
     if min(numbers) < 1 or numbers != sorted(numbers):
         raise ConfigError(
             f"{name} is {value!r}. Set it to a positive whole number, or to two with a colon "
@@ -84,8 +87,8 @@ def max_restarts_from_environment() -> int:
     Raises:
         ConfigError: it is no whole number.
     """
-    value = os.environ.get("METALOOM_MAX_RESTARTS", "3")
-    if not value.isdecimal():
+    value = os.environ.get("METALOOM_MAX_RESTARTS") or "3"
+    if not value.isdecimal() or len(value) > 6:
         raise ConfigError(
             f"METALOOM_MAX_RESTARTS is {value!r}. Set it to a whole number (0: never start the "
             "workers again), or unset it for 3."

@@ -19,6 +19,7 @@ from pipeline.core.errors import PipelineError, StoppedError, TrainingError
 from pipeline.core.files import read_json
 from pipeline.launch.attempts import Attempts
 from pipeline.launch.base import FINAL, LOST_PEER, STOPPED, Job
+from pipeline.launch.worker import PARENT
 from pipeline.runtime.logs import say
 
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -146,6 +147,7 @@ def _start(job: Job, rank: int, folder: Path) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pipeline.launch.worker", *worker_arguments(job, folder)]
     environment = {
         **os.environ,
+        PARENT: str(os.getpid()),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(job.num_workers),

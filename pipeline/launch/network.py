@@ -67,7 +67,7 @@ def interface_towards(endpoint: Endpoint, *, listening: bool) -> Reach:
         with socket.socket(family, kind) as probe:
             probe.connect(address)  # sends nothing: it asks the routing table
             own = str(probe.getsockname()[0])
-    except OSError as error:
+    except (OSError, UnicodeError) as error:
         raise ConfigError(
             f"there is no way from this host to {endpoint}: {error}. Mend METALOOM_RENDEZVOUS, or "
             "the network."

@@ -11,6 +11,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import errors
-from pipeline.core.errors import ConfigError, StoppedError, TrainingError
+from pipeline.core.errors import (
+    ConfigError,
+    PipelineError,
+    StoppedError,
+    StorageError,
+    TrainingError,
+)
 from pipeline.core.ray_cluster import ray_cluster
 from pipeline.launch.attempts import Attempts
 from pipeline.launch.base import Job
@@ -27,7 +34,10 @@ from pipeline.runtime.context import timeout_from_environment
 from pipeline.runtime.mirror import storage_from_environment
 
 _POLL_SECONDS = 0.25
-_PASSED_ON = ("AWS_", "METALOOM_", "CUBLAS_")
+_STOP_SECONDS = 60.0
+_PASSED_ON = ("AWS_", "METALOOM_")
+"""By the workers' own argument: what Ray sets for a process it also writes into its logs."""
+_SET_EARLY = ("GLOO_", "NCCL_", "CUBLAS_")
 
 
 def launch_ray_train(job: Job, folder: Path) -> Any:
@@ -50,10 +60,13 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
         watcher.start()
         try:
             _trainer(job, folder, token, desk).fit()
+        except PipelineError:
+            raise
         except (Exception, SystemExit) as error:  # Ray leaves by the latter when it is interrupted
             failure.append(error)
-        ended.set()
-        watcher.join()
+        finally:
+            ended.set()
+            watcher.join()
         told = ray.get([desk.error.remote(), desk.result.remote(), desk.progress.remote()])
     error_told, done, progress = told
     stopping = asked()
@@ -79,19 +92,24 @@ class _Desk:
 
     def __init__(self, max_restarts: int) -> None:
         self._max_restarts = max_restarts
-        self._attempts, self._cause = Attempts(), "the workers ended."
+        self._attempts, self._cause, self._told = Attempts(), "the workers ended.", ""
         self._progress = 0
         self._error: dict[str, str] | None = None
         self._result: dict[str, Any] | None = None
         self._stop = False
 
-    def begin(self) -> None:
-        """The workers start."""
+    def failed(self, cause: str) -> None:
+        """A group of workers has failed, not gone because of its machines."""
         self._attempts = self._attempts.begin(self._progress)
-        try:
-            self._attempts.check(self._max_restarts, self._cause)
-        except TrainingError as error:
-            self.fail(type(error).__name__, str(error))
+        self._cause = self._told or cause
+        self._told = ""
+        if self._attempts.count > self._max_restarts:
+            tries = f" ({self._attempts.count} tries from step {self._progress})"
+            self.fail(
+                "TrainingError",
+                f"{self._cause} Run the same command again: it resumes from the last checkpoint"
+                f"{tries if self._max_restarts else ''}.",
+            )
 
     def reach(self, step: int) -> None:
         """There is a checkpoint of this step."""
@@ -99,7 +117,7 @@ class _Desk:
 
     def fault(self, message: str) -> None:
         """Why the workers have to be started again."""
-        self._cause = message
+        self._told = message
 
     def fail(self, kind: str, message: str) -> None:
         """An error that no new start would mend."""
@@ -156,12 +174,13 @@ def _watch(ray: Any, desk: Any, asked: Callable[[], bool], ended: threading.Even
 
     Ray Train restarts whatever fails; Ctrl-C is the way by which it lets a run be given up.
     """
-    stopping = False
+    stopping = 0.0
     while not ended.wait(_POLL_SECONDS):
         if asked() and not stopping:
-            stopping = True
+            stopping = time.monotonic()
             desk.stop.remote()
-        if ray.get(desk.error.remote()) is not None and not ended.is_set():
+        late = stopping and time.monotonic() - stopping > _STOP_SECONDS
+        if (late or ray.get(desk.error.remote()) is not None) and not ended.is_set():
             os.kill(os.getpid(), signal.SIGINT)
             return
 
@@ -177,7 +196,7 @@ def _trainer(job: Job, folder: Path, token: Path, desk: Any) -> Any:
     has_gpus = ray.cluster_resources().get("GPU", 0) > 0
     storage = storage_from_environment()
     number = job.num_workers
-    environment = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
+    environment = {k: v for k, v in os.environ.items() if k.startswith(_SET_EARLY)}
     if ray.util.get_node_ip_address().startswith("127."):
         environment["GLOO_SOCKET_IFNAME"] = "lo"
     loop = {
@@ -188,6 +207,7 @@ def _trainer(job: Job, folder: Path, token: Path, desk: Any) -> Any:
         "workspace": os.environ.get("METALOOM_WORKSPACE") or str(Path.cwd()),
         "token": str(token),
         "journals": str(Path.cwd()),
+        "environment": {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)},
         "desk": desk,
     }
     restarts = -1 if job.max_restarts else 0  # how many are too many, the desk decides
@@ -206,9 +226,12 @@ def _trainer(job: Job, folder: Path, token: Path, desk: Any) -> Any:
             storage_path=f"{storage.base}/ray" if storage else str((folder / "ray").resolve()),
             storage_filesystem=storage.filesystem if storage else None,
             failure_config=FailureConfig(
-                max_failures=restarts, max_preemption_failures=-1, preemption_grace_s=30.0
+                max_failures=restarts,
+                controller_failure_limit=job.max_restarts,
+                max_preemption_failures=-1,
+                preemption_grace_s=30.0,
             ),
-            callbacks=[JournalCallback()],
+            callbacks=[JournalCallback(desk)],
             logging_config=LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": {**environment, **WORKER_ENVIRONMENT}},
         ),
@@ -223,7 +246,7 @@ def _labels() -> dict[str, str]:
     """METALOOM_NODE_LABELS: which nodes may hold workers."""
     text = os.environ.get("METALOOM_NODE_LABELS", "")
     pairs = [part.partition("=") for part in text.split(",") if part]
-    if any(not (key and sign and value) for key, sign, value in pairs):
+    if any(not (key.strip() and sign and value.strip()) for key, sign, value in pairs):
         raise ConfigError(
             f"METALOOM_NODE_LABELS is {text!r}. Write <label>=<value>, with commas between several."
         )
@@ -247,13 +270,24 @@ def _raise_what_is_told(told: dict[str, str] | None) -> None:
         raise getattr(errors, told["kind"], TrainingError)(told["message"])
 
 
+@contextmanager
+def _explained(uri: str, stored: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"the run has ended, but its results in {uri}/{stored} cannot be fetched: {error}. "
+            "Mend that, then run the same command again: it goes on from the last checkpoint."
+        ) from None
+
+
 def _bring_home(job: Job, stored: str | None) -> None:
     """Fetch what the main worker left on a machine that does not share this one's folders."""
     storage = storage_from_environment()
     if stored is None or storage is None:
         return
     for index, target in enumerate(job.outputs):
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, _explained(storage.uri, stored):
             sealed = Path(scratch) / "sealed"
             storage.get(f"{stored}/{index}", sealed)
             content = sealed / "content"  # of a folder that was not sealed itself

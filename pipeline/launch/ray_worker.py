@@ -39,14 +39,13 @@ class PreemptedError(Exception):
 def work(loop: Mapping[str, Any]) -> None:
     """One worker: run the entry; the main one leaves its result at the desk."""
     desk = loop["desk"]
+    os.environ.update(loop["environment"])
     _hush()
     try:
         _enter(loop["workspace"])
         config = resolve(loop["kind"]).model_validate_json(loop["config"])
         context = joined_context(stopping=_stop_told(desk), open_log=_log_opener(loop))
         say("worker", rank=context.rank, process=os.getpid(), node=_node())
-        if context.is_main:
-            ray.get(desk.begin.remote())
         with peers_watched(context):
             result = resolve(loop["entry"])(config, context)
         if context.is_main:
@@ -74,8 +73,20 @@ class JournalCallback(UserCallback):
     """On the driver's machine: what the main worker reports goes into the run's journal there.
 
     The run in MLflow is the driver's, which forwards the journal; workers that start again write
-    into the same one.
+    into the same one. Failures of the workers are counted at the desk.
     """
+
+    def __init__(self, desk: Any) -> None:
+        self._desk = desk
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Count a failure, but not machines that went away with notice."""
+        errors = list(worker_exceptions.items())
+        if any("PreemptedError" in f"{type(e).__name__} {e}" for _, e in errors):
+            return
+        rank, error = errors[0] if errors else (0, Exception("unknown"))
+        last = (str(error).strip().splitlines() or ["without a word"])[-1][:300]
+        self._desk.failed.remote(f"worker {rank} ended: {last}.")
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any

@@ -50,6 +50,11 @@ def launch(entry: str, config: Section, *, most: int, outputs: Sequence[Path] = 
             f"METALOOM_LAUNCHER is {name!r}. Set it to one of: {', '.join(LAUNCHERS)}."
         )
     least, number = num_workers_from_environment(most)
+    if number > most:
+        raise ConfigError(
+            f"METALOOM_NUM_WORKERS asks for {number} workers, and there is work for {most}: some "
+            "would have none. Lower it, or raise num_groups (which changes the run)."
+        )
     job = Job(entry, config, number, least, max_restarts_from_environment(), tuple(outputs))
     _FOLDER.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=_FOLDER, prefix="run-"))

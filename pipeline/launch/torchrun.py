@@ -7,6 +7,7 @@ of the driver's host, so that what it leaves is where DVC looks for it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -33,7 +34,7 @@ from pipeline.launch.local import (
     worker_arguments,
 )
 from pipeline.launch.network import Endpoint, free_endpoint, interface_towards, parse_endpoint
-from pipeline.launch.worker import STARTS, resolve
+from pipeline.launch.worker import PARENT, STARTS, resolve
 from pipeline.runtime.lineage import code_hash, code_root
 from pipeline.runtime.logs import say
 from pipeline.runtime.noticeboard import Noticeboard
@@ -118,6 +119,9 @@ def _serve(
             f"the driver at {endpoint} runs other code than this host has. Check out the same "
             "commit on both, then run `metaloom join` again."
         )
+    ours = told["entry"].startswith("pipeline.") and told["config_type"].startswith("pipeline.")
+    if not ours or not re.fullmatch(r"[0-9a-f]{12}", told["run"]):
+        raise ConfigError(f"{endpoint} announces {told['entry']!r}, which is no run of ours.")
     config = resolve(told["config_type"]).model_validate(told["config"])
     job = Job(told["entry"], config, num_workers)
     prepare(job, folder)
@@ -127,11 +131,13 @@ def _serve(
         while agent.poll() is None:
             if asked():
                 agent.terminate()
-                agent.wait(_GRACE_SECONDS)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    agent.wait(_GRACE_SECONDS)
                 return
             if error := final_error(folder):
-                board = Noticeboard.connect(endpoint.host, endpoint.port)
-                board.put("error", {"kind": type(error).__name__, "message": str(error)})
+                with contextlib.suppress(RuntimeError):  # a driver that has gone needs no telling
+                    board = Noticeboard.connect(endpoint.host, endpoint.port)
+                    board.put("error", {"kind": type(error).__name__, "message": str(error)})
                 return
             time.sleep(_POLL_SECONDS)
     finally:
@@ -139,7 +145,7 @@ def _serve(
 
 
 def _hosts_from_environment() -> Hosts:
-    value = os.environ.get("METALOOM_NODES", "1")
+    value = os.environ.get("METALOOM_NODES") or "1"
     least, most = bounds_from_environment("METALOOM_NODES", value)
     place = os.environ.get("METALOOM_RENDEZVOUS", "")
     if most > 1 and not place:
@@ -178,6 +184,7 @@ def _start_agent(
     environment = {
         **os.environ,
         **WORKER_ENVIRONMENT,
+        PARENT: str(os.getpid()),
         "METALOOM_MAIN_HOST": str(int(is_main)),
         # With it, a host that comes later waits for an address that nobody tells it (torch 2.13).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",

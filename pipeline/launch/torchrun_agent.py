@@ -12,13 +12,17 @@ import sys
 import threading
 import time
 
+from pipeline.launch.worker import PARENT
+
 _PREFIX = "torch.distributed"
 
 
 def main() -> None:
     """Run the agent to its end; status 1 when its workers failed for good."""
     log, *arguments = sys.argv[1:]
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    driver = int(os.environ[PARENT])
+    os.environ[PARENT] = str(os.getpid())  # the workers' parent
+    threading.Thread(target=_end_with_parent, args=(driver,), daemon=True).start()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

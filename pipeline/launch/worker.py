@@ -24,13 +24,15 @@ from pipeline.runtime.metric_log import JournalLog
 STARTS = "starts"
 """One line for each time that the workers were started: the checkpoint's step that they found."""
 
+PARENT = "METALOOM_PARENT"
+"""Environment: the process id of whoever started this one."""
 _LET_THE_OTHER_SPEAK_SECONDS = 0.5
 
 
 def main() -> None:
     """Arguments: entry, configuration class, configuration file, folder for the result."""
     entry, kind, config_file, folder = sys.argv[1:]
-    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     status = _work(entry, kind, Path(config_file), Path(folder))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -47,6 +49,7 @@ def _work(entry: str, kind: str, config_file: Path, folder: Path) -> int:
         with (folder / STARTS).open("a") as starts:
             starts.write(f"{progress.read_text() if progress.exists() else 0}\n")
     open_log = partial(JournalLog, progress=progress)
+    (folder / f"fault-{rank}.json").unlink(missing_ok=True)  # of an earlier start
     try:
         config = read_config(kind, config_file)
         with worker_context(stopping=_stop_on_signals(), open_log=open_log) as context:
@@ -97,8 +100,12 @@ def _stop_on_signals() -> Any:
     return asked.is_set
 
 
-def _end_with_parent(parent: int) -> None:
-    """A worker whose launcher was killed has nobody to work for."""
+def end_with_parent() -> None:
+    """A process whose launcher was killed has nobody to work for.
+
+    The launcher says who it is, for it may be gone before we are here to look.
+    """
+    parent = int(os.environ.get(PARENT) or os.getppid())
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(ORPHAN)

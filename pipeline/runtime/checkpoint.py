@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 import time
@@ -13,9 +14,10 @@ import safetensors.torch
 from torch import Tensor
 
 from pipeline.core.errors import ArtefactError, StorageError
-from pipeline.core.files import new_folder, read_json, verify, write_json
+from pipeline.core.files import MANIFEST, new_folder, read_json, sha256_file, verify, write_json
 
 _KEPT = 2
+_STEP = re.compile(r"step-\d{8,}")
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
 
 
@@ -44,31 +46,44 @@ def save_checkpoint(
                 building / _TENSORS,
             )
             write_json(building / _STATE, dict(state))
+        for old in checkpoint_folders(folder)[_KEPT:]:
+            going = old.with_name(f".{old.name}.old")  # hidden in one step: never half removed
+            old.rename(going)
+            shutil.rmtree(going)
     except (OSError, safetensors.SafetensorError) as error:
         raise StorageError(
             f"cannot write the checkpoint {target}: {error}. Free some space or mend the "
             "disk, then run the same command again: it resumes from the last good checkpoint."
         ) from error
-    for old in checkpoint_folders(folder)[_KEPT:]:
-        going = old.with_name(f".{old.name}.old")  # hidden in one step: never seen half removed
-        old.rename(going)
-        shutil.rmtree(going)
 
 
 def tidy_checkpoints(folder: Path) -> None:
     """Set damaged checkpoints aside, by name, and remove what a killed writer left.
 
     One worker does this before any loads, so that all resume from the same step.
+
+    Raises:
+        StorageError: the disk refuses that.
     """
-    for leftover in folder.glob(".step-*"):
-        shutil.rmtree(leftover)
-    for path in checkpoint_folders(folder):
-        try:
-            _read(path)
-        except ArtefactError as error:
-            aside = path.with_name(f"damaged-{time.time_ns()}-{path.name}")
-            path.rename(aside)
-            print(f"checkpoint not used, kept as {aside}: {error}", file=sys.stderr)
+    try:
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover)
+        for path in checkpoint_folders(folder):
+            _set_aside_if_damaged(path)
+    except OSError as error:
+        raise StorageError(
+            f"cannot tidy up the checkpoints in {folder}: {error}. Mend the disk, then run the "
+            "same command again."
+        ) from error
+
+
+def _set_aside_if_damaged(path: Path) -> None:
+    try:
+        _read(path)
+    except ArtefactError as error:
+        aside = path.with_name(f"damaged-{time.time_ns()}-{path.name}")
+        path.rename(aside)
+        print(f"checkpoint not used, kept as {aside}: {error}", file=sys.stderr)
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
@@ -85,6 +100,21 @@ def newest_step(folder: Path) -> int:
     """Of the newest checkpoint; 0 where there is none."""
     found = checkpoint_folders(folder)
     return int(found[0].name.removeprefix("step-")) if found else 0
+
+
+def newest_digest(folder: Path) -> int:
+    """A number that names the bytes of the newest checkpoint; 0 where there is none."""
+    found = checkpoint_folders(folder)
+    return int(sha256_file(found[0] / MANIFEST)[:14], 16) if found else 0
+
+
+def drop_checkpoint(folder: Path, step: int) -> None:
+    """Remove the checkpoint of one step, if there is one."""
+    path = folder / _name(step)
+    if path.exists():
+        going = path.with_name(f".{path.name}.old")
+        path.rename(going)
+        shutil.rmtree(going)
 
 
 def _name(step: Any) -> str:
@@ -118,4 +148,5 @@ def _read(path: Path) -> Checkpoint:
 
 def checkpoint_folders(folder: Path) -> list[Path]:
     """All checkpoints of a run, the newest first; nothing of them is verified."""
-    return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
+    found = (p for p in folder.glob("step-*") if p.is_dir() and _STEP.fullmatch(p.name))
+    return sorted(found, reverse=True)

@@ -26,6 +26,7 @@ from pipeline.runtime.pulse import Pulse
 TIMEOUT_SECONDS = 60.0
 """How long a collective waits for the slowest worker, unless METALOOM_TIMEOUT_SECONDS says else."""
 _MAIN_WORK_SECONDS = 1800.0
+_MOST_SECONDS = 86_400.0
 _POLL_SECONDS = 0.005
 
 
@@ -197,9 +198,9 @@ def timeout_from_environment() -> float:
         seconds = float(value) if value else TIMEOUT_SECONDS
     except ValueError:
         seconds = math.nan
-    if not 0 < seconds < math.inf:
+    if not 1 <= seconds <= _MOST_SECONDS:
         raise ConfigError(
-            f"METALOOM_TIMEOUT_SECONDS is {value!r}. Set it to a positive number of seconds, or "
+            f"METALOOM_TIMEOUT_SECONDS is {value!r}. Set it to seconds, 1 to {_MOST_SECONDS:g}, or "
             f"unset it to wait {TIMEOUT_SECONDS:g} s for the slowest worker."
         )
     return seconds

@@ -20,7 +20,9 @@ from torch import Tensor
 from pipeline.core.errors import PipelineError, StorageError
 from pipeline.runtime.checkpoint import (
     Checkpoint,
+    drop_checkpoint,
     load_checkpoint,
+    newest_digest,
     newest_step,
     save_checkpoint,
     tidy_checkpoints,
@@ -65,10 +67,12 @@ class Keeper:
             self._mirror.fetch_newer(newest_step(self._folder))
             self._mirror.start()
         barrier()
-        own = torch.tensor([newest_step(self._folder)], device=self._context.device)
-        steps = gather_shares(own, self._context.world_size, self._context).tolist()
-        if len(set(steps)) == 1:
+        own = [newest_step(self._folder), newest_digest(self._folder)]
+        row = torch.tensor([own], device=self._context.device)
+        held = gather_shares(row, self._context.world_size, self._context).tolist()
+        if all(other == held[0] for other in held):
             return load_checkpoint(self._folder)
+        steps = [step for step, _ in held]
         return self._from(steps.index(max(steps)))
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
@@ -92,8 +96,10 @@ class Keeper:
         header = json.loads(received[8 : 8 + length])
         state = json.loads(header["__metadata__"][_STATE])
         checkpoint = Checkpoint(safetensors.torch.load(received), state)
-        if self._writes:
-            save_checkpoint(self._folder, state["progress"]["step"], *checkpoint)
+        if self._writes and self._context.rank != source:
+            step = state["progress"]["step"]
+            drop_checkpoint(self._folder, step)  # of the same step and other bits
+            save_checkpoint(self._folder, step, *checkpoint)
         return checkpoint
 
     def _keeps_a_copy(self) -> bool:

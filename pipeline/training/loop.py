@@ -23,7 +23,7 @@ from pipeline.engine.learner import Learner
 from pipeline.runtime.agreement import check_agreement
 from pipeline.runtime.checkpoint import Checkpoint
 from pipeline.runtime.collectives import barrier, owned_groups
-from pipeline.runtime.context import Context
+from pipeline.runtime.context import Context, fingerprint
 from pipeline.runtime.journal import Point
 from pipeline.runtime.logs import Bar, progress, say
 from pipeline.runtime.metric_log import MetricLog
@@ -51,6 +51,8 @@ from pipeline.training.stragglers import Stragglers
 _SPIKE_WINDOW = 32
 _TOLD = "told"
 """In a checkpoint: the metrics of the steps since the one before"""
+_MACHINE = "fingerprint"
+"""In a checkpoint: what its bits depend on beside code, data and configuration"""
 
 
 class OuterConfig(Section):
@@ -120,7 +122,8 @@ def optimise(
         saved = keeper.resume()
         state = fresh_state(start) if saved is None else restored_state(saved, context.device)
         snapshot, recent = state, list[Point]()
-        _tell_again(saved, log, context)
+        if saved is not None:
+            _tell_again(saved, log, context)
         with _show(label, program, config, state, context) as bar, feed:
             pace = Pace(program.unit, lambda: feed.waited_seconds)
             while state.progress.step < config.num_steps and state.progress.stopped is None:
@@ -161,15 +164,24 @@ def _checkpointed(
     tensors, values = state.checkpoint()
     check_agreement(tensors, state.progress.step, context)
     told = [asdict(point) for point in recent]
-    keeper.save(state.progress.step, tensors, {**values, _TOLD: told})
+    keeper.save(
+        state.progress.step, tensors, {**values, _TOLD: told, _MACHINE: fingerprint()["id"]}
+    )
     return log.flush(state.progress.step)
 
 
-def _tell_again(saved: Checkpoint | None, log: MetricLog, context: Context) -> None:
+def _tell_again(saved: Checkpoint, log: MetricLog, context: Context) -> None:
     """What was told before the checkpoint may have been on its way when the workers ended."""
-    if saved is not None and context.is_main:
+    if context.is_main:
         for told in saved.state[_TOLD]:
             log.write(Point(**told))
+        if saved.state[_MACHINE] != fingerprint()["id"]:
+            say(
+                "other hardware",
+                why="the checkpoint was made on another kind of processor or by another torch: "
+                "from here on the bits are not those of a run on one kind",
+            )
+    log.flush(saved.state["progress"]["step"])
 
 
 def _incident(

@@ -45,6 +45,8 @@ class Campaign:
 
     fault: str
     tries: list[Try] = field(default_factory=list)
+    most_lost: int | None = None
+    """More lost steps than this fail the campaign."""
     notes: dict[str, Any] = field(default_factory=dict)
     """More figures of this campaign, such as a longest detection time."""
 
@@ -79,6 +81,9 @@ class Campaign:
         assert not vacuous, f"{self.fault}: tries {vacuous} came before any progress"
         died = [i for i, t in enumerate(self.tries) if not t.survived]
         assert not died, f"{self.fault}: tries {died} were not survived"
+        lost = [t.steps_lost for t in self.tries if t.steps_lost is not None]
+        wrong = [n for n in lost if n < 0 or (self.most_lost is not None and n > self.most_lost)]
+        assert not wrong, f"{self.fault}: lost {wrong} steps, at most {self.most_lost} may be"
         unequal = [i for i, t in enumerate(self.tries) if t.bits_equal is False]
         assert not unequal, f"{self.fault}: tries {unequal} ended with other bits"
 
@@ -86,7 +91,7 @@ class Campaign:
 def save(campaign: Campaign, path: Path = RESULTS) -> None:
     """Put the campaign's row into the results file, in place of an earlier one of the same fault."""
     rows = read_json(path)["rows"] if path.exists() else []
-    kept = [row for row in rows if row["fault"] != campaign.fault]
     size = "full" if is_full() else "ci"
+    kept = [row for row in rows if (row["fault"], row["size"]) != (campaign.fault, size)]
     rows = sorted([*kept, {**campaign.row(), "size": size}], key=lambda row: row["fault"])
     write_json(path, {"rows": rows})

@@ -22,6 +22,8 @@ from tests.distributed.small_run import digest
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(7200)]
 _MANY = 10_000
 
+KILL_EVERY_SECONDS = 180.0
+
 
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
 @pytest.mark.parametrize("victim", ["a worker", "rank 0"])
@@ -34,6 +36,7 @@ def test_kill_9(
     tmp_path: Path,
 ) -> None:
     found = campaign(f"kill -9 of {victim}, {launcher}")
+    found.most_lost = CHECKPOINT_EVERY
     wanted = tries(ci=3, full=40) if launcher == "local" else tries(ci=1, full=10)
     rank = 0 if victim == "rank 0" else None
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
@@ -51,7 +54,9 @@ def test_kill_9(
         equal = run.end() == metrics and digest(run.job) == bits
         for outcome in outcomes:
             found.add(dataclasses.replace(outcome, bits_equal=equal))
-    assert max(t.steps_lost or 0 for t in found.tries) <= CHECKPOINT_EVERY
+    costs = sorted(t.seconds or 0.0 for t in found.tries)
+    goodput = 1 - costs[len(costs) // 2] / KILL_EVERY_SECONDS
+    found.notes["goodput_at_one_kill_in_3_minutes"] = round(goodput, 3)
 
 
 @pytest.mark.parametrize("victim", ["the driver", "the whole node"])
@@ -64,6 +69,7 @@ def test_the_same_command_again_after_the_driver_or_the_node_was_killed(
 ) -> None:
     """Started again with other numbers of workers: 4, then 2, then 3."""
     found = campaign(f"kill -9 of {victim}, local")
+    found.most_lost = CHECKPOINT_EVERY
     wanted = tries(ci=3, full=20)
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     rng = random.Random(victim)
@@ -90,7 +96,6 @@ def test_the_same_command_again_after_the_driver_or_the_node_was_killed(
         equal = run.end() == metrics and digest(run.job) == bits
         for outcome in outcomes:
             found.add(dataclasses.replace(outcome, bits_equal=equal))
-    assert max(t.steps_lost or 0 for t in found.tries) <= CHECKPOINT_EVERY
 
 
 @pytest.mark.parametrize("launcher", ["local", "torchrun"])
@@ -102,6 +107,7 @@ def test_sigterm_loses_nothing(
     tmp_path: Path,
 ) -> None:
     found = campaign(f"SIGTERM, {launcher}")
+    found.most_lost = 0
     wanted = tries(ci=3, full=25) if launcher == "local" else tries(ci=1, full=5)
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     rng = random.Random(launcher)
@@ -134,7 +140,6 @@ def test_sigterm_loses_nothing(
         equal = run.end() == metrics and digest(run.job) == bits
         for outcome in outcomes:
             found.add(dataclasses.replace(outcome, bits_equal=equal))
-    assert max(t.steps_lost or 0 for t in found.tries) == 0
 
 
 def test_a_stopped_worker_is_named_and_the_run_goes_on(
@@ -144,6 +149,7 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on(
     tmp_path: Path,
 ) -> None:
     found = campaign("SIGSTOP of a worker, local")
+    found.most_lost = CHECKPOINT_EVERY
     timeout = 4.0
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     rng = random.Random(11)

@@ -40,6 +40,7 @@ def test_kill_9_of_a_worker(
 ) -> None:
     """Each step is in the driver's journal at the end, from however many groups of workers."""
     found = campaign(f"kill -9 of {victim}, ray_train")
+    found.most_lost = CHECKPOINT_EVERY
     wanted = tries(ci=1, full=10)
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     rng = random.Random(victim)
@@ -58,7 +59,6 @@ def test_kill_9_of_a_worker(
             found.add(dataclasses.replace(outcome, bits_equal=equal))
         steps = {point.step for point, _ in read_points(job.journal)}
         assert steps == set(range(1, NUM_STEPS + 1))
-    assert max(t.steps_lost or 0 for t in found.tries) <= CHECKPOINT_EVERY
 
 
 def test_kill_9_of_the_driver(
@@ -70,6 +70,7 @@ def test_kill_9_of_the_driver(
 ) -> None:
     """The same command again, with other numbers of workers, goes on from our own checkpoints."""
     found = campaign("kill -9 of the driver, ray_train")
+    found.most_lost = CHECKPOINT_EVERY
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     rng = random.Random(5)
     job = long_job(tmp_path / "killed", blob_store, blob_tasks)
@@ -101,6 +102,7 @@ def test_a_node_dies_and_another_comes(
 ) -> None:
     """Elastic, (1, 2) workers on nodes of one label: it goes on when there is a node again."""
     found = campaign("kill -9 of a node, ray_train")
+    found.most_lost = CHECKPOINT_EVERY
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     environment = {**ray_cluster.environment, "METALOOM_NODE_LABELS": "metaloom-node=node"}
     job = long_job(tmp_path / "killed", blob_store, blob_tasks)
@@ -128,6 +130,7 @@ def test_a_node_is_preempted(
 ) -> None:
     """A node that says it will go: a checkpoint, then on with what is left, and nothing is lost."""
     found = campaign("a node pre-empted, ray_train")
+    found.most_lost = 0
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     job = long_job(tmp_path / "preempted", blob_store, blob_tasks, num_steps=NUM_STEPS)
     environment = {**ray_cluster.environment, "METALOOM_NODE_LABELS": "metaloom-node=node"}
@@ -139,8 +142,10 @@ def test_a_node_is_preempted(
     subprocess.run(
         [sys.executable, "-c", script], env=run.child_environment(), check=True, timeout=120
     )
+    while "stopped behind the checkpoint of step" not in run.log():
+        assert run.is_running(), run.log()
+        time.sleep(0.05)
     before = run.steps()
-    time.sleep(5)
     ray_cluster.node.kill()
     ray_cluster.node.start()
     lost, _ = run.wait_until_it_goes_on(before)

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psycopg2
 import pytest
 from pyarrow import fs
 
@@ -29,6 +28,10 @@ from infra.local import postgres as server_of_postgres
 from infra.local import s3 as server_of_s3
 from infra.local.processes import Running, free_ports, http_status, kill, launch, settings
 from infra.local.servers import Server
+
+psycopg2 = pytest.importorskip(
+    "psycopg2", reason="psycopg2 is not installed (make test-cluster installs it)"
+)
 
 PUBLIC = {
     "/health",
@@ -51,6 +54,7 @@ if sys.argv[1] == "login":
 else:
     app = module.app
 from mlflow.server import app as flask_app
+
 routers = [value for value in vars(module).values() if isinstance(value, APIRouter)]
 hidden = [r.path for router in routers for r in router.routes if not r.include_in_schema]
 assert routers and not hidden, hidden

@@ -54,7 +54,7 @@ def test_whatever_one_host_lost_another_has(tmp_path: Path) -> None:
             own = [sha256_file(case / h / RUN / f"step-{after:08d}" / file) for h in "01"]
             assert own[0] == own[1], name
     fetched = {name: [row[2] for row in rows] for name, rows in zip(cases, found, strict=True)}
-    assert fetched["lost"] == [1, 0, 1]  # the one that has it is asked too, and leaves it alone
+    assert fetched["lost"] == [0, 0, 1]
     assert fetched["damaged"] == [0, 0, 0]
     assert len(list((cases["damaged"] / "1" / RUN).glob("damaged-*"))) == 1
     assert "step-00000020" in (tmp_path / "launch" / "worker-2.log").read_text()
