@@ -30,7 +30,7 @@ repro: $(STAMP)  ## from nothing to a promoted model: runs every stage that has 
 	metaloom release
 
 test: $(STAMP)  ## the whole test suite, apart from the long campaigns
-	python -m pytest -m 'not slow and not cluster and not chaos' --numprocesses 2 --dist loadfile
+	python -m pytest -m 'not slow and not cluster and not chaos' --numprocesses 2 --dist loadfile --ignore tests/cluster --ignore tests/chaos
 
 test-slow: $(STAMP)  ## the long campaigns
 	python -m pytest -m 'slow and not cluster and not chaos'

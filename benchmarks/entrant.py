@@ -129,6 +129,6 @@ class Entrant:
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(self.contestant.workers),
-            "METALOOM_RENDEZVOUS": f"file://{(self.scratch / 'rendezvous').resolve()}",
+            "METALOOM_INIT": f"file://{(self.scratch / 'rendezvous').resolve()}",
             "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
         }

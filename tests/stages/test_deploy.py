@@ -161,6 +161,26 @@ def test_the_stage_is_a_run_and_restored_stages_are_named(
     assert registry.version(1).run_id == first["runs"]["child"]
 
 
+def test_lineage_goes_both_ways(
+    first: dict[str, Any], registry: Registry, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From version 1 to all it came from, and from each of these, shortened, back to it."""
+    told = json.loads(command("lineage", "1", "--json", capsys=capsys))
+    assert told["store"] == open_store(project / "data/store/blobs").digest
+    assert (told["bundle"], told["weights"]) == (first["bundle"], first["weights"])
+    assert told["run"] == first["runs"]["child"]
+    assert told["dvc.lock"] == content_hash(project / "dvc.lock")
+    assert told["decision"] == first["decision"]["verdict"]
+    assert [one["kind"] for one in told["promotions"]][0] == "promote"
+    assert {"git commit", "raw data", "training run"} <= set(told["missing"])
+    assert "git commit: not recorded" in command("lineage", "1", capsys=capsys)
+    for field in ("store", "bundle", "weights", "run", "dvc.lock", "code"):
+        back = json.loads(command("lineage", told[field][:9], "--json", capsys=capsys))
+        assert 1 in {found["version"] for found in back["versions"]}, field
+    with pytest.raises(RegistryError, match="no version of tiny-blobs came from 0000000"):
+        command("lineage", "0000000", capsys=capsys)
+
+
 def test_a_worse_model_waits_as_challenger_and_a_person_decides(
     registry: Registry, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
