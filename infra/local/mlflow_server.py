@@ -96,7 +96,7 @@ def environment(cluster: Path, known: dict[str, Any]) -> dict[str, str]:
     login = private_folder(cluster / "mlflow") / "login.ini"
     write_private(
         login,
-        "[mlflow]\ndefault_permission = READ\n"
+        "[mlflow]\ndefault_permission = NO_PERMISSIONS\n"
         f"database_uri = {urls['mlflow_auth']}\nadmin_username = {ADMIN}\n"
         "authorization_function = mlflow.server.auth:authenticate_request_basic_auth\n",
     )

@@ -171,7 +171,7 @@ def test_lineage_goes_both_ways(
     assert told["run"] == first["runs"]["child"]
     assert told["dvc.lock"] == content_hash(project / "dvc.lock")
     assert told["decision"] == first["decision"]["verdict"]
-    assert [one["kind"] for one in told["promotions"]][0] == "promote"
+    assert told["promotions"][0]["kind"] == "promote"
     assert {"git commit", "raw data", "training run"} <= set(told["missing"])
     assert "git commit: not recorded" in command("lineage", "1", capsys=capsys)
     for field in ("store", "bundle", "weights", "run", "dvc.lock", "code"):
