@@ -254,15 +254,13 @@ def _labels() -> dict[str, str]:
 
 
 def _cause(failure: BaseException) -> str:
-    """Which worker ended, and how; those that lost it wait, so Ray tells of it first."""
+    """Why Ray gave up; workers that lost another one wait, so Ray tells of that one first."""
+    from pipeline.launch.ray_worker import describe
+
     workers = getattr(failure, "worker_failures", None)
     if not workers:
         return f"Ray Train gave the run up: {str(failure).strip().splitlines()[-1][:300]}"
-    rank, error = min(workers.items())
-    last = str(error).strip().splitlines()[-1][:300]
-    if "Actor" in type(error).__name__ or "actor died" in str(error):
-        return f"worker {rank} died: it was killed, or its node is gone"
-    return f"worker {rank} ended: {last}"
+    return describe(*min(workers.items()))
 
 
 def _raise_what_is_told(told: dict[str, str] | None) -> None:

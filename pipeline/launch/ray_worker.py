@@ -64,7 +64,8 @@ def work(loop: Mapping[str, Any]) -> None:
     except Exception as error:
         words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
         told = str(error) if isinstance(error, FaultError) else words
-        ray.get(desk.fault.remote(f"a worker ended: {told}."))
+        rank = train.get_context().get_world_rank()
+        ray.get(desk.fault.remote(f"worker {rank} ended: {told}."))
         traceback.print_exc()
         raise
 
@@ -84,9 +85,8 @@ class JournalCallback(UserCallback):
         errors = list(worker_exceptions.items())
         if any("PreemptedError" in f"{type(e).__name__} {e}" for _, e in errors):
             return
-        rank, error = errors[0] if errors else (0, Exception("unknown"))
-        last = (str(error).strip().splitlines() or ["without a word"])[-1][:300]
-        self._desk.failed.remote(f"worker {rank} ended: {last}.")
+        how = [describe(rank, error) for rank, error in sorted(errors)]
+        self._desk.failed.remote(f"{how[0] if how else 'the workers could not be started'}.")
 
     def after_report(
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
@@ -99,6 +99,14 @@ class JournalCallback(UserCallback):
             for point in told["points"]:
                 journal.append(Point(**point))
             journal.close()
+
+
+def describe(rank: int, error: Exception) -> str:
+    """Which worker ended, and how."""
+    if "Actor" in type(error).__name__ or "actor died" in str(error):
+        return f"worker {rank} died: it was killed, or its node is gone"
+    last = (str(error).strip().splitlines() or ["without a word"])[-1][:300]
+    return f"worker {rank} ended: {last}"
 
 
 class _RayLog:

@@ -29,7 +29,7 @@ from tests.distributed.small_run import digest
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
 
 
-@pytest.mark.parametrize("victim", ["a worker", "rank 0"])
+@pytest.mark.parametrize("victim", ["a worker", pytest.param("rank 0", marks=pytest.mark.slow)])
 def test_kill_9_of_a_worker(
     victim: str,
     campaign: Callable[[str], Campaign],
@@ -61,6 +61,7 @@ def test_kill_9_of_a_worker(
         assert steps == set(range(1, NUM_STEPS + 1))
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_driver(
     campaign: Callable[[str], Campaign],
     ray_cluster: RayCluster,
@@ -93,6 +94,7 @@ def test_kill_9_of_the_driver(
         found.add(dataclasses.replace(outcome, bits_equal=equal))
 
 
+@pytest.mark.slow
 def test_a_node_dies_and_another_comes(
     campaign: Callable[[str], Campaign],
     ray_cluster: RayCluster,

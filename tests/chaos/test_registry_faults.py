@@ -161,6 +161,7 @@ def test_postgresql_restarted_during_a_registration(
         other.add(try_register(proxy, mlflow_server, another, tmp_path, at))
 
 
+@pytest.mark.slow
 def test_postgresql_restarted_during_a_promotion_and_a_rollback(
     campaign: Callable[[str], Campaign],
     proxy: Hostile,
@@ -192,6 +193,7 @@ def test_postgresql_restarted_during_a_promotion_and_a_rollback(
             record.add(Try(progress, good, seconds=seconds))
 
 
+@pytest.mark.slow
 def test_a_release_killed_at_any_moment_is_made_up_for_by_the_next(
     campaign: Callable[[str], Campaign],
     proxy: Hostile,

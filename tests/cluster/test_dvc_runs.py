@@ -25,7 +25,7 @@ from pipeline.core.errors import ConfigError, DataError, MachineError
 from tests.cluster.dvc_machines import attempt, contents, environment, succeed
 from tests.conftest import REPOSITORY
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 MAKE = """
 import json, os, pathlib, signal, sys, time
