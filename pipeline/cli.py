@@ -151,8 +151,8 @@ def lineage(
     """Say where a version came from, or which versions came from something.
 
     \b
-      metaloom lineage 3          its commit, dvc.lock, data, seeds, runs, decision
-      metaloom lineage 1f3c9ab    versions of a commit, dvc.lock, store, bundle, run
+      metaloom lineage 3         its commit, data, seeds, runs, decision
+      metaloom lineage 1f3c9ab   versions of a commit, store, bundle or run
     """
     from pipeline.deploy.lineage import as_text, trace
     from pipeline.deploy.registry import Registry
