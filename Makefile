@@ -42,7 +42,7 @@ cluster-down:  ## stop them; their data stays in .metaloom/cluster
 	if [ -x $(BIN)/python ]; then python -m infra.local down; fi
 
 test-cluster: $(CLUSTER_STAMP)  ## tests against those servers, and of what may break
-	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/contract tests/cluster tests/chaos -m '(cluster or chaos)$(if $(filter full,$(SIZE)),, and not slow)'
+	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/contract tests/cluster tests/chaos --numprocesses 2 --dist loadfile -m '(cluster or chaos)$(if $(filter full,$(SIZE)),, and not slow)'
 
 chaos: $(CLUSTER_STAMP)  ## break everything (SIZE=full: the nightly size): results/chaos.json
 	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/chaos

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,8 +91,11 @@ class Campaign:
 
 def save(campaign: Campaign, path: Path = RESULTS) -> None:
     """Put the campaign's row into the results file, in place of an earlier one of the same fault."""
-    rows = read_json(path)["rows"] if path.exists() else []
     size = "full" if is_full() else "ci"
-    kept = [row for row in rows if (row["fault"], row["size"]) != (campaign.fault, size)]
-    rows = sorted([*kept, {**campaign.row(), "size": size}], key=lambda row: row["fault"])
-    write_json(path, {"rows": rows})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:  # other tests may run beside this one
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = read_json(path)["rows"] if path.exists() else []
+        kept = [row for row in rows if (row["fault"], row["size"]) != (campaign.fault, size)]
+        new = {**campaign.row(), "size": size}
+        write_json(path, {"rows": sorted([*kept, new], key=lambda row: row["fault"])})
