@@ -54,21 +54,25 @@ class Disturbed:
         self._launcher, self._environment = launcher, dict(environment or {})
         self._min_workers, self._max_restarts = min_workers, max_restarts
         self._starts = 0
-        self._offset = 0
+        self._offset, self._since = 0, 0.0
         self.driver: subprocess.Popen[bytes] | None = None
         self.folder = Path()
 
     def start(self, num_workers: int) -> None:
         """Run the same command (again)."""
         self._starts += 1
-        self._offset = self._end_of_journal()
+        self._mark()
         self.folder = self.job.target.parent / f"start-{self._starts}"
         job = Job(ENTRY, self.job, num_workers, self._min_workers, self._max_restarts)
         self.driver = start(self._launcher, job, self.folder, self._environment)
 
     def steps(self) -> list[int]:
-        """The steps that were logged since the last start or disturbance."""
-        return [point.step for point, _ in read_points(self.job.journal, self._offset)]
+        """The steps that were done and logged since the last start or disturbance.
+
+        Not those that were done before it and are told again.
+        """
+        points = read_points(self.job.journal, self._offset)
+        return [point.step for point, _ in points if point.time > self._since]
 
     def wait_for_steps(self, count: int) -> bool:
         """Until so many new steps are logged; False if the run ended before."""
@@ -112,13 +116,17 @@ class Disturbed:
         """After a disturbance: (steps lost, seconds until the next step was logged).
 
         Args:
-            before: the steps that had been logged since the last start.
+            before: the steps that had been logged since the last start, and maybe some more since.
         """
         begin = time.monotonic()
-        self._offset = self._end_of_journal()
+        reached = max([*before, *self.steps(), self.kept()])
+        self._mark()
         if not self.wait_for_steps(1):
             return 0, time.monotonic() - begin
-        return max(before) - (self.steps()[0] - 1), time.monotonic() - begin
+        return reached - (self.steps()[0] - 1), time.monotonic() - begin
+
+    def _mark(self) -> None:
+        self._offset, self._since = self._end_of_journal(), time.time()
 
     def end(self) -> Any:
         """Wait for the end; returns the metrics, or raises what the run raised."""

@@ -23,7 +23,7 @@ from tests.chaos.campaign import Campaign, Try, tries
 from tests.distributed.small_run import CHECKPOINT_EVERY, NUM_STEPS, digest, make_job
 from tests.unit.test_store_integrity import small_store
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(autouse=True)

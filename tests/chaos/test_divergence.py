@@ -20,7 +20,7 @@ from tests.chaos.campaign import Campaign, Try, tries
 from tests.distributed.broken import Flip
 from tests.distributed.small_run import digest, make_job
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(1800)]
 
 NUM_STEPS, CHECKPOINT_EVERY = 30, 5
 

@@ -26,7 +26,7 @@ from tests.unit.test_promotions import is_fair, run_races
 from tests.unit.test_registry import EXAMPLE
 from tests.unit.tiny_learner import tiny_bundle
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600 if is_full() else 1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(3600 if is_full() else 1200)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OUTAGE_SECONDS = 20.0 if is_full() else 2.0

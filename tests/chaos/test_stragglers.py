@@ -19,7 +19,7 @@ from tests.chaos.campaign import Campaign, Try
 from tests.distributed.broken import Slow
 from tests.distributed.small_run import digest, make_job
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(1800)]
 
 _STEPS, _DELAY = 24, 0.15
 

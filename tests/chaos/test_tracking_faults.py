@@ -28,7 +28,7 @@ from pipeline.runtime.tracking import FAILED, FINISHED, KILLED
 from tests.chaos.campaign import Campaign, Try, is_full, tries
 from tests.chaos.hostile import FAULTS, Hostile, wait_until
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800 if is_full() else 300)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(1800 if is_full() else 300)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OUTAGE_SECONDS = 120.0 if is_full() else 4.0

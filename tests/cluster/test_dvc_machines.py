@@ -26,7 +26,7 @@ from tests.cluster.dvc_machines import (
 )
 from tests.e2e import test_pipeline as e2e
 
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STEPS = 120
 RESULTS = ("data/store", "data/tasks", "models")

@@ -41,6 +41,8 @@ from pipeline.runtime.logs import run_main
 from pipeline.domains.glyphs import GlyphsConfig
 from pipeline.store.build import PreprocessConfig, build_store
 from tests.cluster.test_ray_preprocess import Telling
+
+pytestmark = pytest.mark.slow
 config = PreprocessConfig.model_validate_json(Path(sys.argv[1]).read_text())
 run_main(lambda: build_store(config, Path(sys.argv[2]), progress=Telling) and None)
 """

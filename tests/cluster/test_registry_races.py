@@ -11,6 +11,8 @@ import pytest
 from infra.local.servers import Server
 from tests.unit.test_promotions import is_fair, is_settled, new_model, promote, run_races
 
+pytestmark = pytest.mark.slow
+
 NUM_RACES = 5
 """The campaign of 200 is in tests/chaos."""
 
