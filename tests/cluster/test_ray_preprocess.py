@@ -21,6 +21,8 @@ from tests.unit.raw_pictures import write_classes
 
 CLASSES = [f"class{i}" for i in range(12)]
 
+pytestmark = pytest.mark.slow
+
 
 def settings(domain: str, source: Path, **changes: object) -> PreprocessConfig:
     values = {"domain": domain, "source": source, "image_size": 24, "min_examples_per_class": 3}
@@ -42,7 +44,6 @@ from pipeline.domains.glyphs import GlyphsConfig
 from pipeline.store.build import PreprocessConfig, build_store
 from tests.cluster.test_ray_preprocess import Telling
 
-pytestmark = pytest.mark.slow
 config = PreprocessConfig.model_validate_json(Path(sys.argv[1]).read_text())
 run_main(lambda: build_store(config, Path(sys.argv[2]), progress=Telling) and None)
 """
