@@ -14,76 +14,20 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES
+from benchmarks.timed_run import Timed
 from benchmarks.whole_loop import job_of, prepare
-from pipeline.core.config import Section
 from pipeline.core.files import write_json
 from pipeline.launch.base import Job
 from pipeline.launch.table import LAUNCHERS
-from pipeline.runtime.context import SINGLE, Context
+from pipeline.runtime.context import SINGLE
 from pipeline.runtime.journal import read_points
-from pipeline.training import loop, meta_train, steps
-from pipeline.training.meta_train import MetaTrainJob
-from pipeline.training.stragglers import Stragglers
 
 RECORD = Path("benchmarks/results/faults.json")
-_CASE = 9
-_WARM_STEPS = 2
-
-
-class Timed(Section):
-    """A run whose clocks are read."""
-
-    job: MetaTrainJob
-
-
-def timed(config: Timed, context: Context) -> dict[str, Any]:
-    """The entry of every worker: seconds by what they were spent on, of the main one."""
-    spent: dict[str, float] = defaultdict(float)
-    targets = [
-        (loop.Keeper, "save", "checkpoints"),
-        (loop, "check_agreement", "comparing the workers"),
-        (loop, "_incident", "incidents and stragglers"),
-        (Stragglers, "look", "incidents and stragglers"),
-        (steps, "mean_norm", "incidents and stragglers"),
-    ]
-    with _clocks(targets, spent):
-        begin = time.perf_counter()
-        meta_train.run(config.job, context)
-        spent["everything"] = time.perf_counter() - begin
-    points = [point for point, _ in read_points(config.job.journal)]
-    return {"spent": dict(spent), "first": points[_WARM_STEPS].time, "last": points[-1].time}
-
-
-@contextmanager
-def _clocks(targets: list[tuple[Any, str, str]], spent: dict[str, float]) -> Iterator[None]:
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in targets]
-    for owner, name, what in targets:
-        setattr(owner, name, _clocked(getattr(owner, name), what, spent))
-    try:
-        yield
-    finally:
-        for owner, name, function in before:
-            setattr(owner, name, function)
-
-
-def _clocked(
-    function: Callable[..., Any], what: str, spent: dict[str, float]
-) -> Callable[..., Any]:
-    def clocked(*arguments: Any, **named: Any) -> Any:
-        begin = time.perf_counter()
-        try:
-            return function(*arguments, **named)
-        finally:
-            spent[what] += time.perf_counter() - begin
-
-    return clocked
+_CASE, _WARM_STEPS = 9, 2
 
 
 def measure(launchers: list[str], rounds: int, workers: int, num_steps: int) -> dict[str, Any]:
@@ -101,18 +45,19 @@ def measure(launchers: list[str], rounds: int, workers: int, num_steps: int) -> 
                     update={"outer": job.config.outer.model_copy(update=outer)}
                 )
                 run = Job(
-                    "benchmarks.faults:timed",
+                    "benchmarks.timed_run:timed",
                     Timed(job=job.model_copy(update={"config": config})),
                     workers,
                 )
                 begin = time.time()
-                told = LAUNCHERS[name](run, folder / f"launch-{name}-{number}")
-                tasks = (num_steps - 1 - _WARM_STEPS) * case.meta_batch
+                spent = LAUNCHERS[name](run, folder / f"launch-{name}-{number}")
+                times = [point.time for point, _ in read_points(job.journal)][_WARM_STEPS:]
+                tasks = (len(times) - 1) * case.meta_batch
                 found[name].append(
                     {
-                        "tasks_per_second": tasks / (told["last"] - told["first"]),
-                        "seconds_to_the_third_step": told["first"] - begin,
-                        "spent": told["spent"],
+                        "tasks_per_second": tasks / (times[-1] - times[0]),
+                        "seconds_to_the_third_step": times[0] - begin,
+                        "spent": spent,
                     }
                 )
                 print(

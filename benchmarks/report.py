@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from benchmarks.cases import CASES, Case
+from benchmarks.cluster_sections import cluster_sections
 from benchmarks.record import (
     RECORD,
     Machine,
@@ -99,7 +100,8 @@ def main() -> None:
     options.page.parent.mkdir(parents=True, exist_ok=True)
     before = options.page.read_text() if options.page.exists() else _NEW_PAGE
     text = render(record, options.record, options.picture.relative_to(options.page.parent))
-    text = "\n\n".join([text, *other_sections(options.page)])
+    others = [*other_sections(options.page), *cluster_sections(options.page)]
+    text = "\n\n".join([text, *others])
     options.page.write_text(between_markers(before, text))
     print(f"wrote {options.page}")
 

@@ -33,6 +33,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from benchmarks.cases import num_cores
 from benchmarks.record import this_machine
 from benchmarks.scale_measure import (
@@ -161,17 +163,21 @@ def takes_over(points: Sequence[Point]) -> dict[str, int]:
 
 
 def fitted(messages: Sequence[tuple[int, float]], add_seconds_per_byte: float) -> Network:
-    """Latency of the smallest message, bandwidth by least squares over the larger ones.
+    """Latency and bandwidth by least squares of the relative error, neither below zero.
 
     Args:
         messages: (bytes, seconds); the seconds include adding what came to what was there.
     """
-    pure = [(size, max(t - size * add_seconds_per_byte, 1e-9)) for size, t in sorted(messages)]
-    latency = pure[0][1]
-    sizes = [size for size, _ in pure[1:]]
-    slope = sum(b * max(t - latency, 1e-12) for b, t in pure[1:]) / sum(b * b for b in sizes)
+    sizes, seconds = np.array(sorted(messages), dtype=np.float64).T
+    pure = np.maximum(seconds - sizes * add_seconds_per_byte, 1e-9)
+    latency, slope = np.linalg.lstsq(np.stack([1 / pure, sizes / pure], 1), np.ones(len(pure)))[0]
+    if slope <= 0 or latency <= 0:  # a message of noise: the bounds by the extremes
+        latency, slope = pure[0], pure[-1] / sizes[-1]
     return Network(
-        name="loopback gloo", latency_seconds=latency, bytes_per_second=1 / slope, measured=True
+        name="loopback gloo",
+        latency_seconds=float(latency),
+        bytes_per_second=float(1 / slope),
+        measured=True,
     )
 
 
@@ -184,7 +190,7 @@ def measure(folder: Path) -> tuple[Compute, Compute, Network]:
         entry = Job("benchmarks.scale_measure:compute", job, workers)
         found.append(Compute.model_validate(launch_local(entry, folder / f"launch-{workers}")))
     values = found[0].values
-    sizes = Sizes(values=[16, values // 4, values, 4 * values])
+    sizes = Sizes(values=[16, values // 4, values, 4 * values, 16 * values])
     entry = Job("benchmarks.scale_measure:exchange", sizes, 2)
     messages = [(int(b), float(t)) for b, t in launch_local(entry, folder / "launch-network")]
     return found[0], found[1], fitted(messages, found[0].add / (4 * values))
@@ -338,7 +344,8 @@ def draw(curves: dict[str, list[Point]], checks: Sequence[Check], target: Path) 
     )
     for axes, (name, points) in zip(grid.flat, curves.items(), strict=False):
         _panel(axes, name, points, checks if points[-1].workers == _NUM_GROUPS else [])
-    grid.flat[0].legend(fontsize=7, frameon=False)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, frameon=False, ncols=9, loc="outside upper center")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=110, metadata={"Software": None})
     plt.close(figure)

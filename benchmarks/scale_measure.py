@@ -72,7 +72,7 @@ class Sizes(Section):
     """Vectors to exchange."""
 
     values: list[int]
-    repeats: int = 20
+    repeats: int = 60
 
 
 def prepare(folder: Path) -> None:
