@@ -177,7 +177,8 @@ def upload(as_json: AsJson = False) -> None:
 
     checkpoints = upload_checkpoints(Path(".metaloom/checkpoints"))
     outcomes = send(Path.cwd(), lambda: MlflowTracker(Path.cwd()))
-    print(json.dumps([vars(one) for one in outcomes], indent=2) if as_json else as_text(outcomes))
+    told = {"runs": [vars(one) for one in outcomes], "checkpoints": checkpoints}
+    print(json.dumps(told, indent=2) if as_json else as_text(outcomes))
     for name in () if as_json else checkpoints:
         print(f"The newest checkpoint of {name} is in the object store.")
     refuse_unsent(outcomes)

@@ -79,7 +79,7 @@ def start_head(cluster: Path) -> Running:
         },
     )
     command = ["--head", "--include-dashboard=true", f"--dashboard-host={LOOPBACK}"]
-    return _launch(record, known, command)
+    return _launch(record, command)
 
 
 def start_node(cluster: Path) -> Running:
@@ -91,12 +91,11 @@ def start_node(cluster: Path) -> Running:
         raise MachineError(f"the second Ray node needs the head of {cluster}: start it first.")
     address = f"{LOOPBACK}:{head.ports['gcs']}"
     record = _record("ray_node", folder, known["ports"], url=address, environment=head.environment)
-    return _launch(record, known, [f"--address={address}"])
+    return _launch(record, [f"--address={address}"])
 
 
 def _new_settings(names: tuple[str, ...]) -> dict[str, Any]:
-    cpus = int(os.environ.get("METALOOM_CLUSTER_CPUS", "4"))
-    return {"ports": dict(zip(names, free_ports(len(names)), strict=True)), "num_cpus": cpus}
+    return {"ports": dict(zip(names, free_ports(len(names)), strict=True))}
 
 
 def _record(
@@ -117,16 +116,17 @@ def _short_path(ports: dict[str, int]) -> Path:
     return Path(tempfile.gettempdir()) / f"metaloom-ray-{ports['node_manager']}"
 
 
-def _launch(record: Running, known: dict[str, Any], command: list[str]) -> Running:
+def _launch(record: Running, command: list[str]) -> Running:
     if importlib.util.find_spec("ray") is None:
         raise MachineError(
             "ray is not installed. Install the extra `ray` (pip install -e '.[ray]')."
         )
     role, ports = record.name.removeprefix("ray_"), record.ports
+    cpus = os.environ.get("METALOOM_CLUSTER_CPUS", "4")
     everything = [
         *(sys.executable, "-m", "infra.local.ray_loopback", "start", "--block", *command),
         *(f"{flag}={ports[name]}" for name, flag in _FLAGS.items() if name in ports),
-        *(f"--node-ip-address={LOOPBACK}", f"--num-cpus={known['num_cpus']}"),
+        *(f"--node-ip-address={LOOPBACK}", f"--num-cpus={cpus}"),
         *(f"--object-store-memory={OBJECT_STORE_BYTES}", f"--temp-dir={_short_path(ports)}"),
         *(f"--labels={NODE_LABEL}={role}", f"--resources={json.dumps({role: 1000})}"),
         *(

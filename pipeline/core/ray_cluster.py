@@ -52,7 +52,8 @@ def ray_cluster(*, show_workers: bool) -> Iterator[Any]:
         _knock(address)
         ray.init(
             address=None if address else "local",
-            include_dashboard=None if address else False,
+            # Without one, Ray Train complains every second that it cannot ask for its own state.
+            include_dashboard=None if address else True,
             logging_level=logging.WARNING,
             configure_logging=False,
             log_to_driver=show_workers,

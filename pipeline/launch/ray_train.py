@@ -31,6 +31,7 @@ from pipeline.launch.attempts import Attempts
 from pipeline.launch.base import Job
 from pipeline.launch.local import WORKER_ENVIRONMENT, prepare, stop_asked
 from pipeline.runtime.context import timeout_from_environment
+from pipeline.runtime.logs import say
 from pipeline.runtime.mirror import storage_from_environment
 
 _POLL_SECONDS = 0.25
@@ -94,6 +95,7 @@ class _Desk:
         self._max_restarts = max_restarts
         self._attempts, self._cause, self._told = Attempts(), "the workers ended.", ""
         self._progress = 0
+        self._restarts: list[tuple[int, str]] = []
         self._error: dict[str, str] | None = None
         self._result: dict[str, Any] | None = None
         self._stop = False
@@ -104,12 +106,22 @@ class _Desk:
         self._cause = self._told or cause
         self._told = ""
         if self._attempts.count > self._max_restarts:
-            tries = f" ({self._attempts.count} tries from step {self._progress})"
+            starts = f" ({self._attempts.count} starts from step {self._progress})"
             self.fail(
                 "TrainingError",
                 f"{self._cause} Run the same command again: it resumes from the last checkpoint"
-                f"{tries if self._max_restarts else ''}.",
+                f"{starts if self._max_restarts else ''}.",
             )
+        else:
+            self._restarts.append((self._progress, self._cause))
+
+    def moved(self, why: str) -> None:
+        """The workers' machines go away with notice, which is no failure."""
+        self._restarts.append((self._progress, why))
+
+    def restarts(self) -> list[tuple[int, str]]:
+        """For each new start of the workers: from which step, and why."""
+        return self._restarts
 
     def reach(self, step: int) -> None:
         """There is a checkpoint of this step."""
@@ -170,17 +182,21 @@ def _open_desk(ray: Any, job: Job) -> Any:
 
 
 def _watch(ray: Any, desk: Any, asked: Callable[[], bool], ended: threading.Event) -> None:
-    """Pass on that the driver was asked to stop; end the run when there is a final error.
+    """Pass on that the driver was asked to stop; say why workers start again; end a failed run.
 
     Ray Train restarts whatever fails; Ctrl-C is the way by which it lets a run be given up.
     """
-    stopping = 0.0
+    stopping, said = 0.0, 0
     while not ended.wait(_POLL_SECONDS):
         if asked() and not stopping:
             stopping = time.monotonic()
             desk.stop.remote()
         late = stopping and time.monotonic() - stopping > _STOP_SECONDS
-        if (late or ray.get(desk.error.remote()) is not None) and not ended.is_set():
+        error, restarts = ray.get([desk.error.remote(), desk.restarts.remote()])
+        for step, why in restarts[said:]:
+            say("restart", step=step, why=why)
+        said = len(restarts)
+        if (late or error is not None) and not ended.is_set():
             os.kill(os.getpid(), signal.SIGINT)
             return
 

@@ -45,7 +45,8 @@ def work(loop: Mapping[str, Any]) -> None:
         _enter(loop["workspace"])
         config = resolve(loop["kind"]).model_validate_json(loop["config"])
         context = joined_context(stopping=_stop_told(desk), open_log=_log_opener(loop))
-        say("worker", rank=context.rank, process=os.getpid(), node=_node())
+        rank, size = context.rank, context.world_size
+        say("worker", rank=rank, process=os.getpid(), workers=size, node=_node())
         with peers_watched(context):
             result = resolve(loop["entry"])(config, context)
         if context.is_main:
@@ -61,11 +62,12 @@ def work(loop: Mapping[str, Any]) -> None:
     except LostPeerError:
         time.sleep(_END_SECONDS)  # whoever was lost has the story, and Ray ends us all
         raise
+    except FaultError as error:
+        ray.get(desk.fault.remote(f"{_worker()} ended: {error}."))
+        raise
     except Exception as error:
         words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        told = str(error) if isinstance(error, FaultError) else words
-        rank = train.get_context().get_world_rank()
-        ray.get(desk.fault.remote(f"worker {rank} ended: {told}."))
+        ray.get(desk.fault.remote(f"{_worker()} ended: {words}."))
         traceback.print_exc()
         raise
 
@@ -84,6 +86,7 @@ class JournalCallback(UserCallback):
         """Count a failure, but not machines that went away with notice."""
         errors = list(worker_exceptions.items())
         if any("PreemptedError" in f"{type(e).__name__} {e}" for _, e in errors):
+            self._desk.moved.remote("the workers' machines are going away.")
             return
         how = [describe(rank, error) for rank, error in sorted(errors)]
         self._desk.failed.remote(f"{how[0] if how else 'the workers could not be started'}.")
@@ -157,6 +160,10 @@ def _hush() -> None:
         for handler in logging.getLogger(name).handlers:
             if type(handler) is not logging.FileHandler:
                 handler.addFilter(lambda record: record.levelno >= logging.WARNING)
+
+
+def _worker() -> str:
+    return f"worker {train.get_context().get_world_rank()}"
 
 
 def _node() -> str:

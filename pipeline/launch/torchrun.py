@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -140,6 +141,8 @@ def _serve(
                     board.put("error", {"kind": type(error).__name__, "message": str(error)})
                 return
             time.sleep(_POLL_SECONDS)
+        if not agent.returncode:
+            shutil.rmtree(folder)  # kept when the run failed: it holds the workers' logs
     finally:
         _end(agent)
 
@@ -237,7 +240,7 @@ def _wait(
     asked: Callable[[], bool],
     board: Noticeboard | None,
 ) -> None:
-    told_since = 0.0
+    told_since, said, cause = 0.0, 1, ""
     while (code := agent.poll()) is None:
         if asked() and not told_since:
             told_since = time.monotonic()
@@ -248,7 +251,12 @@ def _wait(
             raise error
         if told := _told(board, "error"):
             raise getattr(errors, told["kind"], TrainingError)(told["message"])
-        _attempts(folder).check(job.max_restarts, _cause(folder))
+        attempts = _attempts(folder)
+        attempts.check(job.max_restarts, cause)
+        if attempts.total > said:
+            say("restart", step=attempts.progress, why=cause)
+            said = attempts.total
+        cause = _cause(folder)  # as long as the workers' own notes of it are there
         time.sleep(_POLL_SECONDS)
     if error := final_error(folder):
         raise error
@@ -276,12 +284,14 @@ def _cause(folder: Path) -> str:
     """What ended the workers the last time, as they or the agent tell it."""
     log = folder / "agent.log"
     text = log.read_text(errors="replace") if log.exists() else ""
-    ended = re.findall(r"exitcode: (-?\d+)\) local_rank: (\d+)", text)
+    ended = re.findall(r"exitcode: (-?\d+)\) local_rank: (\d+)|Detected (\d+) new nodes", text)
     faults = sorted(folder.glob("fault-*.json"), key=lambda path: path.stat().st_mtime)
     told = f": {read_json(faults[-1])['message']}" if faults else ""
     logs = f" Its last words are in {folder}."
     if not ended:
         return f"the workers could not be started{told}.{logs}"
+    if more := ended[-1][2]:
+        return f"{more} more host{'s have' if int(more) > 1 else ' has'} come."
     code, rank = int(ended[-1][0]), ended[-1][1]
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
     return f"worker {rank} {how}{told}.{logs}"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.core.errors import DataError
 from pipeline.runtime.collectives import gather_shares
-from pipeline.runtime.context import Context
+from pipeline.runtime.context import Context, fingerprint
 from pipeline.runtime.faults import DivergenceError
 
 
@@ -66,6 +66,13 @@ def check_same_inputs(facts: Mapping[str, str], context: Context) -> None:
             f"the workers do not hold the same data: {which} of worker {who} is not what worker 0 "
             "has. Bring every host to the same commit and data (`git checkout`, `dvc pull`)."
         )
+
+
+def kinds_of_machines(context: Context) -> str:
+    """The compute fingerprint of the workers; where they differ, each one, with + between."""
+    own = torch.tensor([int(fingerprint()["id"], 16)], device=context.device)
+    held = gather_shares(own, context.world_size, context).tolist()
+    return "+".join(sorted({f"{value:012x}" for value in held}))
 
 
 def _number(text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -47,6 +48,7 @@ def peers_watched(context: Context) -> Iterator[None]:
         if any(sign in text for sign in _GONE):
             raise LostPeerError(text.splitlines()[0]) from error
         if any(sign in text for sign in _TIMED_OUT) and context.pulse is not None:
+            traceback.print_tb(error.__traceback__)  # where this one waited; the others tell theirs
             found = context.pulse.roll_call()
             raise HungPeerError(
                 f"no answer within {context.timeout_seconds:g} s at step {context.pulse.step}: "

@@ -47,9 +47,11 @@ class Storage:
         self.uri = uri.rstrip("/")
         try:
             if uri.startswith("s3://"):
-                self.filesystem, self.base = _s3(fs), self.uri.removeprefix("s3://")
+                self.filesystem, self.base = _s3(fs), uri.removeprefix("s3://").rstrip("/")
             else:
                 self.filesystem, self.base = fs.FileSystem.from_uri(self.uri)
+            if not self.base.strip("/"):
+                raise OSError("it names no place")
         except (pa.ArrowInvalid, OSError) as error:
             raise ConfigError(
                 f"METALOOM_STORAGE is {uri!r}: {error}. Set it to s3://bucket/path or file:///path."

@@ -20,6 +20,7 @@ from torch import Tensor
 from pipeline.core.errors import PipelineError, StorageError
 from pipeline.runtime.checkpoint import (
     Checkpoint,
+    clear_checkpoints,
     drop_checkpoint,
     load_checkpoint,
     newest_digest,
@@ -129,3 +130,13 @@ class Keeper:
                 "then run the same command again."
             ) from error
         return token
+
+
+def drop_copies(folder: Path, context: Context) -> None:
+    """Remove the other hosts' checkpoints once the main worker has left the run's result.
+
+    The main host's own stay until the driver has the result.
+    """
+    barrier()
+    if context.local_rank == 0 and not context.is_main and not any(folder.glob(f"{_TOKEN}*")):
+        clear_checkpoints(folder)

@@ -58,7 +58,12 @@ def leave_learner(
         finished = replace(
             learner,
             model=learner.model.with_statistics(best.statistics or None),
-            origin={**origin, **metrics, "fingerprint": fingerprint()},
+            origin={
+                **origin,
+                **metrics,
+                "fingerprint": fingerprint(),
+                "machines": progress.machines,
+            },
         )
         rows = [{"val_accuracy": None, **row} for row in progress.history]
         with new_folder(target, kind="learner") as folder:

@@ -20,10 +20,10 @@ from pipeline.core.config import Section
 from pipeline.core.errors import StoppedError, TrainingError
 from pipeline.core.types import Params
 from pipeline.engine.learner import Learner
-from pipeline.runtime.agreement import check_agreement
+from pipeline.runtime.agreement import check_agreement, kinds_of_machines
 from pipeline.runtime.checkpoint import Checkpoint
 from pipeline.runtime.collectives import barrier, owned_groups
-from pipeline.runtime.context import Context, fingerprint
+from pipeline.runtime.context import Context
 from pipeline.runtime.journal import Point
 from pipeline.runtime.logs import Bar, progress, say
 from pipeline.runtime.metric_log import MetricLog
@@ -40,6 +40,7 @@ from pipeline.training.state import (
     extend_history,
     extend_ledger,
     fresh_state,
+    on_machines,
     past_skipped,
     restored_state,
     rolled_back,
@@ -51,8 +52,6 @@ from pipeline.training.stragglers import Stragglers
 _SPIKE_WINDOW = 32
 _TOLD = "told"
 """In a checkpoint: the metrics of the steps since the one before"""
-_MACHINE = "fingerprint"
-"""In a checkpoint: what its bits depend on beside code, data and configuration"""
 
 
 class OuterConfig(Section):
@@ -121,6 +120,7 @@ def optimise(
     with Keeper(checkpoints, context) as keeper:
         saved = keeper.resume()
         state = fresh_state(start) if saved is None else restored_state(saved, context.device)
+        state = _on_these_machines(state, context)
         snapshot, recent = state, list[Point]()
         if saved is not None:
             _tell_again(saved, log, context)
@@ -164,9 +164,7 @@ def _checkpointed(
     tensors, values = state.checkpoint()
     check_agreement(tensors, state.progress.step, context)
     told = [asdict(point) for point in recent]
-    keeper.save(
-        state.progress.step, tensors, {**values, _TOLD: told, _MACHINE: fingerprint()["id"]}
-    )
+    keeper.save(state.progress.step, tensors, {**values, _TOLD: told})
     return log.flush(state.progress.step)
 
 
@@ -175,13 +173,21 @@ def _tell_again(saved: Checkpoint, log: MetricLog, context: Context) -> None:
     if context.is_main:
         for told in saved.state[_TOLD]:
             log.write(Point(**told))
-        if saved.state[_MACHINE] != fingerprint()["id"]:
-            say(
-                "other hardware",
-                why="the checkpoint was made on another kind of processor or by another torch: "
-                "from here on the bits are not those of a run on one kind",
-            )
     log.flush(saved.state["progress"]["step"])
+
+
+def _on_these_machines(state: TrainState, context: Context) -> TrainState:
+    """Note what the bits depend on beside code, data and configuration, and say if it changes."""
+    kinds = kinds_of_machines(context)
+    noted = on_machines(state, kinds)
+    if context.is_main and (len(noted.progress.machines) > 1 or "+" in kinds):
+        told = ", ".join(f"{kind} from step {step}" for step, kind in noted.progress.machines)
+        say(
+            "other hardware",
+            why=f"not all steps are done by one kind of processor and one torch ({told}): the bits "
+            "are not those of a run on one kind",
+        )
+    return noted
 
 
 def _incident(

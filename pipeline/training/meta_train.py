@@ -23,6 +23,7 @@ from pipeline.runtime.agreement import check_same_inputs
 from pipeline.runtime.context import Context
 from pipeline.runtime.lineage import content_hash
 from pipeline.runtime.mirror import clear_everywhere
+from pipeline.runtime.resume import drop_copies
 from pipeline.store.reader import Store, open_store
 from pipeline.tasks.frozen import read_episodes
 from pipeline.tasks.plan import TrainingStream, read_training_stream
@@ -168,7 +169,9 @@ def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
             "chunk": engine.chunk,
         },
     }
-    return leave_learner(job.target, learner, state, origin, context)
+    metrics = leave_learner(job.target, learner, state, origin, context)
+    drop_copies(job.checkpoints, context)
+    return metrics
 
 
 def _engine(

@@ -21,6 +21,7 @@ from pipeline.runtime.agreement import check_same_inputs
 from pipeline.runtime.context import Context
 from pipeline.runtime.lineage import content_hash
 from pipeline.runtime.mirror import clear_everywhere
+from pipeline.runtime.resume import drop_copies
 from pipeline.store.reader import Store, open_store
 from pipeline.tasks.frozen import read_episodes
 from pipeline.training.artefact import best_of, leave_learner, run_folder
@@ -145,7 +146,9 @@ def run(job: PretrainJob, context: Context) -> dict[str, Any]:
         "store_digest": store.digest,
         "augment": job.config.augment.model_dump(mode="json"),
     }
-    return leave_learner(job.target, learner, state, origin, context)
+    metrics = leave_learner(job.target, learner, state, origin, context)
+    drop_copies(job.checkpoints, context)
+    return metrics
 
 
 def initial_learner(spec: BackboneSpec, store: Store, seed: int, context: Context) -> Learner:

@@ -83,6 +83,11 @@ def as_text(told: dict[str, Any]) -> str:
 
 
 def _read(folder: Path) -> IncidentRecord:
+    if not folder.is_dir():
+        raise ArtefactError(
+            f"there is no folder {folder}. A run's log names the folder of its incident after "
+            "`metaloom replay`; they are in .metaloom/incidents."
+        )
     manifest = verify(folder)
     if manifest.get("kind") != KIND or set(manifest["files"]) != {RECORD, WEIGHTS}:
         raise ArtefactError(

@@ -50,6 +50,8 @@ class Progress:
     """[position, group] of every group that a guard leaves out"""
     norms: list[float] = field(default_factory=list)
     """The latest gradient norms, by which a spike is told"""
+    machines: list[list[int | str]] = field(default_factory=list)
+    """[first step, compute fingerprint] of each kind of machines that did a part, in turn"""
 
     def skipped_cells(self) -> set[Cell]:
         """The groups that are left out."""
@@ -97,6 +99,15 @@ def restored_state(saved: Checkpoint, device: torch.device) -> TrainState:
         best = Best(numbers["step"], numbers["val_accuracy"], tensors["best.vector"], statistics)
     moments = Moments(tensors["first"], tensors["second"])
     return TrainState(tensors["vector"], moments, Progress(**saved.state["progress"]), best)
+
+
+def on_machines(state: TrainState, kinds: str) -> TrainState:
+    """The state from where these machines go on; the same state if they made it."""
+    told = state.progress.machines
+    if told and told[-1][1] == kinds:
+        return state
+    machines: list[list[int | str]] = [*told, [state.progress.step, kinds]]
+    return replace(state, progress=replace(state.progress, machines=machines))
 
 
 def rolled_back(snapshot: TrainState, cells: Sequence[Cell]) -> TrainState:

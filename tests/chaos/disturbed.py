@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import random
 import re
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from pipeline.runtime.journal import read_points
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import MetaTrainJob
 from pipeline.training.meta_train import run as run_meta_training
-from tests.chaos.campaign import Try
+from tests.chaos.campaign import Campaign, Try
 from tests.contract.drive import REPOSITORY, outcome, start
 from tests.distributed.small_run import digest, make_job
 
@@ -142,14 +144,10 @@ class Disturbed:
         """What the driver and its main worker have printed in this start."""
         return (self.folder / "drive.log").read_text(errors="replace")
 
-    @property
-    def says_restarts(self) -> bool:
-        """Whether the launcher writes a line for each new start of the workers."""
-        return self._launcher == "local"
-
-    def restarts_told(self) -> int:
-        """New starts that the launcher has told of."""
-        return self.log().count('"event": "restart"')
+    def restarts_told(self) -> list[str]:
+        """Why the launcher has started the workers again, each time."""
+        lines = [line for line in self.log().splitlines() if '"event": "restart"' in line]
+        return [str(json.loads(line[line.index("{") :])["why"]) for line in lines]
 
     def is_running(self) -> bool:
         """Whether the driver lives."""
@@ -177,6 +175,33 @@ def undisturbed(
 _UNDISTURBED: dict[tuple[Path, Path, int], tuple[Any, Any]] = {}
 
 
+def disturb(
+    found: Campaign,
+    wanted: int,
+    begin: Callable[[str], Disturbed],
+    once: Callable[[Disturbed], Try | None],
+    expected: tuple[Any, Any],
+) -> None:
+    """Disturb one run after the other, each as often as it lasts, until there are enough tries.
+
+    Args:
+        begin: starts a run, by its name.
+        once: disturbs it; None if it ended before.
+        expected: metrics and bits of the run that nothing disturbs.
+    """
+    while len(found.tries) < wanted:
+        run = begin(f"run-{len(found.tries)}")
+        outcomes: list[Try] = []
+        while len(found.tries) + len(outcomes) < wanted:
+            outcome = once(run)
+            if outcome is None:
+                break
+            outcomes.append(outcome)
+        equal = (run.end(), digest(run.job)) == expected
+        for outcome in outcomes:
+            found.add(dataclasses.replace(outcome, bits_equal=equal))
+
+
 def kill_worker(run: Disturbed, rng: random.Random, rank: int | None) -> Try | None:
     """Kill one worker after some steps; None if the run ended before."""
     if not run.wait_for_steps(rng.randint(1, 3 * CHECKPOINT_EVERY)):
@@ -186,12 +211,12 @@ def kill_worker(run: Disturbed, rng: random.Random, rank: int | None) -> Try | N
         if not run.is_running():
             return None
         time.sleep(0.05)  # Ray brings what its workers print after a while
-    before, told = run.steps(), run.restarts_told()
+    before, told = run.steps(), len(run.restarts_told())
     begin = time.monotonic()
     run.kill([pids[rng.choice(sorted(pids)) if rank is None else rank]])
-    while run.says_restarts and run.restarts_told() == told and run.is_running():
+    while len(run.restarts_told()) == told and run.is_running():
         time.sleep(0.01)
-    noticed = time.monotonic() - begin if run.says_restarts else None
+    noticed = time.monotonic() - begin
     lost, _ = run.wait_until_it_goes_on(before)
     seconds = time.monotonic() - begin
     return Try(len(before), survived=True, steps_lost=lost, seconds=seconds, noticed=noticed)

@@ -81,20 +81,22 @@ def test_a_flipped_bit_is_caught_at_the_next_checkpoint(
     record.notes["flips"] = seen
 
 
+def a_flip(tmp_path: Path, store: Store, tasks: Path, **plan: Any) -> tuple[MetaTrainJob, Flip]:
+    """A run that nothing disturbs, done, and the plan of one in which a bit flips."""
+    undisturbed = small(tmp_path / "undisturbed", store, tasks)
+    launch_local(Job("pipeline.training.meta_train:run", undisturbed, 1), tmp_path / "l")
+    job = small(tmp_path / "run", store, tasks)
+    return undisturbed, Flip(job=job, rank=1, done=tmp_path / "run" / "done", **plan)
+
+
 def test_a_flip_that_makes_the_loss_no_number_is_not_blamed_on_the_data(
     blob_store: Store, blob_tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The run would be stopped, or good groups left out: but only one worker sees such a loss."""
-    undisturbed = small(tmp_path / "undisturbed", blob_store, blob_tasks)
-    launch_local(Job("pipeline.training.meta_train:run", undisturbed, 1), tmp_path / "l")
-    plan = Flip(
-        job=small(tmp_path / "run", blob_store, blob_tasks),
-        rank=1,
-        step=11,
-        place=0.9985,
-        bit=30,  # of the exponent: the last scale, about 1, becomes one of about 10^38
-        done=tmp_path / "run" / "done",
-    )
+    """The run would be stopped, or good groups left out: but only one worker sees such a loss.
+
+    The bit is of the exponent: the last scale, about 1, becomes one of about 10^38.
+    """
+    undisturbed, plan = a_flip(tmp_path, blob_store, blob_tasks, step=11, place=0.9985, bit=30)
     capfd.readouterr()
     run_flipped(plan, 2)
     (told,) = restarts(capfd.readouterr().err)
@@ -107,16 +109,8 @@ def test_without_the_check_a_flipped_bit_is_in_the_result(
     blob_store: Store, blob_tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The control: nobody notices, and the weights are others."""
-    undisturbed = small(tmp_path / "undisturbed", blob_store, blob_tasks)
-    launch_local(Job("pipeline.training.meta_train:run", undisturbed, 1), tmp_path / "l")
-    plan = Flip(
-        job=small(tmp_path / "run", blob_store, blob_tasks),
-        rank=1,
-        step=12,
-        place=0.4,
-        bit=22,
-        done=tmp_path / "run" / "done",
-        guarded=False,
+    undisturbed, plan = a_flip(
+        tmp_path, blob_store, blob_tasks, step=12, place=0.4, bit=22, guarded=False
     )
     run_flipped(plan, 2)
     assert plan.done.exists()

@@ -1,97 +1,28 @@
-"""Ray's workers, driver and nodes killed: the bits of a run that nothing disturbed."""
+"""Ray's nodes killed, pre-empted, or more and fewer of them: the bits of an undisturbed run."""
 
 from __future__ import annotations
 
-import dataclasses
-import random
+import re
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
 
-from pipeline.runtime.journal import read_points
+from infra.local.servers import Server
 from pipeline.store.reader import Store
 from tests.chaos.campaign import Campaign, Try, tries
-from tests.chaos.disturbed import (
-    CHECKPOINT_EVERY,
-    NUM_STEPS,
-    Disturbed,
-    kill_worker,
-    long_job,
-    undisturbed,
-)
-from tests.cluster.conftest import RayCluster
+from tests.chaos.disturbed import CHECKPOINT_EVERY, Disturbed, disturb, long_job, undisturbed
+from tests.cluster.conftest import RayCluster, needs
 from tests.distributed.small_run import digest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600)]
-
-
-@pytest.mark.parametrize("victim", ["a worker", pytest.param("rank 0", marks=pytest.mark.slow)])
-def test_kill_9_of_a_worker(
-    victim: str,
-    campaign: Callable[[str], Campaign],
-    ray_cluster: RayCluster,
-    blob_store: Store,
-    blob_tasks: Path,
-    tmp_path: Path,
-) -> None:
-    """Each step is in the driver's journal at the end, from however many groups of workers."""
-    found = campaign(f"kill -9 of {victim}, ray_train")
-    found.most_lost = CHECKPOINT_EVERY
-    wanted = tries(ci=1, full=10)
-    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
-    rng = random.Random(victim)
-    while len(found.tries) < wanted:
-        job = long_job(tmp_path / f"killed-{len(found.tries)}", blob_store, blob_tasks)
-        run = Disturbed(job, "ray_train", environment=ray_cluster.environment)
-        run.start(2)
-        outcomes = []
-        while len(found.tries) + len(outcomes) < wanted:
-            outcome = kill_worker(run, rng, 0 if victim == "rank 0" else None)
-            if outcome is None:
-                break
-            outcomes.append(outcome)
-        equal = run.end() == metrics and digest(run.job) == bits
-        for outcome in outcomes:
-            found.add(dataclasses.replace(outcome, bits_equal=equal))
-        steps = {point.step for point, _ in read_points(job.journal)}
-        assert steps == set(range(1, NUM_STEPS + 1))
-
-
-@pytest.mark.slow
-def test_kill_9_of_the_driver(
-    campaign: Callable[[str], Campaign],
-    ray_cluster: RayCluster,
-    blob_store: Store,
-    blob_tasks: Path,
-    tmp_path: Path,
-) -> None:
-    """The same command again, with other numbers of workers, goes on from our own checkpoints."""
-    found = campaign("kill -9 of the driver, ray_train")
-    found.most_lost = CHECKPOINT_EVERY
-    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
-    rng = random.Random(5)
-    job = long_job(tmp_path / "killed", blob_store, blob_tasks)
-    run = Disturbed(job, "ray_train", environment=ray_cluster.environment)
-    run.start(2)
-    outcomes = []
-    for again in [3, 1, 2, 3, 2][: tries(ci=1, full=5)]:
-        assert run.wait_for_steps(rng.randint(1, CHECKPOINT_EVERY))
-        assert run.driver is not None
-        run.driver.kill()
-        run.driver.wait()
-        while run.workers():
-            time.sleep(0.05)  # Ray ends them when it sees that their driver is gone
-        before = run.steps()
-        run.start(again)
-        lost, seconds = run.wait_until_it_goes_on(before)
-        outcomes.append(Try(len(before), survived=True, steps_lost=lost, seconds=seconds))
-    equal = run.end() == metrics and digest(run.job) == bits
-    for outcome in outcomes:
-        found.add(dataclasses.replace(outcome, bits_equal=equal))
+_CPUS = "METALOOM_CLUSTER_CPUS"
 
 
 @pytest.mark.slow
@@ -105,22 +36,83 @@ def test_a_node_dies_and_another_comes(
     """Elastic, (1, 2) workers on nodes of one label: it goes on when there is a node again."""
     found = campaign("kill -9 of a node, ray_train")
     found.most_lost = CHECKPOINT_EVERY
-    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
+    expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     environment = {**ray_cluster.environment, "METALOOM_NODE_LABELS": "metaloom-node=node"}
-    job = long_job(tmp_path / "killed", blob_store, blob_tasks)
-    run = Disturbed(job, "ray_train", environment=environment, min_workers=1)
-    run.start(2)
-    outcomes = []
-    for _ in range(tries(ci=1, full=5)):
-        assert run.wait_for_steps(CHECKPOINT_EVERY)
+
+    def begin(name: str) -> Disturbed:
+        job = long_job(tmp_path / name, blob_store, blob_tasks)
+        run = Disturbed(job, "ray_train", environment=environment, min_workers=1)
+        run.start(2)
+        return run
+
+    def kill(run: Disturbed) -> Try | None:
+        if not run.wait_for_steps(CHECKPOINT_EVERY):
+            return None
         ray_cluster.node.kill()
         before = run.steps()
         ray_cluster.node.start()
         lost, seconds = run.wait_until_it_goes_on(before)
-        outcomes.append(Try(len(before), survived=True, steps_lost=lost, seconds=seconds))
-    equal = run.end() == metrics and digest(run.job) == bits
-    for outcome in outcomes:
-        found.add(dataclasses.replace(outcome, bits_equal=equal))
+        return Try(len(before), survived=True, steps_lost=lost, seconds=seconds)
+
+    disturb(found, tries(ci=1, full=5), begin, kill, expected)
+
+
+@pytest.fixture
+def small_cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[RayCluster]:
+    """Nodes with two CPUs each, so that four workers need both."""
+    needs("ray")
+    monkeypatch.setenv(_CPUS, "2")
+    folder = Path(tempfile.mkdtemp(prefix="metaloom-small-"))
+    head, node = [Server(name=name, cluster=folder) for name in ("ray_head", "ray_node")]
+    cluster = RayCluster(head=head, node=node)
+    cluster.start()
+    yield cluster
+    cluster.stop()
+    shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_the_world_shrinks_and_grows_while_the_run_goes_on(
+    campaign: Callable[[str], Campaign],
+    small_cluster: RayCluster,
+    blob_store: Store,
+    blob_tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Four workers; two when a node of two is dead; three when one of one has come."""
+    found = campaign("worlds of 4, 2 and 3 while it runs, ray_train")
+    found.most_lost = CHECKPOINT_EVERY
+    length = 4000
+    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks, num_steps=length)
+    job = long_job(tmp_path / "run", blob_store, blob_tasks, num_steps=length)
+    run = Disturbed(job, "ray_train", environment=small_cluster.environment, min_workers=1)
+    run.start(4)
+
+    def wait_for(world: int) -> None:
+        deadline = time.monotonic() + 120
+        while _worlds(run)[-1:] != [world]:
+            assert run.is_running() and time.monotonic() < deadline, run.log()
+            time.sleep(0.1)
+        assert run.wait_for_steps(len(run.steps()) + CHECKPOINT_EVERY)
+
+    wait_for(4)
+    small_cluster.node.kill()
+    before = run.steps()
+    lost, seconds = run.wait_until_it_goes_on(before)
+    wait_for(2)
+    monkeypatch.setenv(_CPUS, "1")
+    small_cluster.node.start()
+    wait_for(3)
+    equal = run.end() == metrics and digest(job) == bits
+    found.add(Try(len(before), True, equal, steps_lost=lost, seconds=seconds))
+    assert [world for world, _ in groupby(_worlds(run))] == [4, 2, 3]
+
+
+def _worlds(run: Disturbed) -> list[int]:
+    """Of how many workers each main worker was one; a node that comes again tells old lines again."""
+    told = re.findall(r'"rank": 0, "process": (\d+), "workers": (\d+)', run.log())
+    return [int(workers) for _, workers in dict.fromkeys(told)]
 
 
 def test_a_node_is_preempted(
@@ -134,17 +126,17 @@ def test_a_node_is_preempted(
     found = campaign("a node pre-empted, ray_train")
     found.most_lost = 0
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
-    job = long_job(tmp_path / "preempted", blob_store, blob_tasks, num_steps=NUM_STEPS)
+    job = long_job(tmp_path / "preempted", blob_store, blob_tasks)
     environment = {**ray_cluster.environment, "METALOOM_NODE_LABELS": "metaloom-node=node"}
     run = Disturbed(job, "ray_train", environment=environment)
     run.start(2)
     assert run.wait_for_steps(CHECKPOINT_EVERY)
     begin = time.monotonic()
-    script = "import sys; from tests.chaos.test_ray_kills import preempt; preempt()"
+    script = "from tests.chaos.test_ray_kills import preempt; preempt()"
     subprocess.run(
         [sys.executable, "-c", script], env=run.child_environment(), check=True, timeout=120
     )
-    while "stopped behind the checkpoint of step" not in run.log():
+    while "are going away" not in " ".join(run.restarts_told()):
         assert run.is_running(), run.log()
         time.sleep(0.05)
     before = run.steps()

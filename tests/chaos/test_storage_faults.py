@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +16,11 @@ import pytest
 from infra.local.servers import Server
 from pipeline.core.errors import StorageError
 from pipeline.runtime.checkpoint import newest_step
-from pipeline.runtime.mirror import Storage, clear_everywhere, upload_checkpoints
+from pipeline.runtime.mirror import Storage, clear_everywhere
 from pipeline.store.reader import Store
 from tests.chaos.campaign import Campaign, Try, tries
 from tests.chaos.disturbed import CHECKPOINT_EVERY, NUM_STEPS, Disturbed, long_job, undisturbed
+from tests.contract.drive import REPOSITORY
 from tests.distributed.small_run import digest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1200)]
@@ -41,8 +45,9 @@ def test_another_machine_goes_on_from_the_store(
 ) -> None:
     """The machine is gone with its disk; the store has the newest checkpoint but one."""
     found = campaign("a machine lost with its disk, checkpoints on S3")
-    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
-    first = long_job(tmp_path / "first" / "run", blob_store, blob_tasks)
+    length = 5 * NUM_STEPS
+    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks, num_steps=length)
+    first = long_job(tmp_path / "first" / "run", blob_store, blob_tasks, num_steps=length)
     run = Disturbed(first, "local")
     run.start(2)
     storage = Storage(place)
@@ -53,7 +58,7 @@ def test_another_machine_goes_on_from_the_store(
     run.kill(run.tree())
     reached = max(run.steps())
     mirrored = int(storage.names(under)[-1].removeprefix("step-"))
-    second = long_job(tmp_path / "second" / "run", blob_store, blob_tasks)
+    second = long_job(tmp_path / "second" / "run", blob_store, blob_tasks, num_steps=length)
     shutil.copy(first.choices, second.choices)
     again = Disturbed(second, "local")
     again.start(3)
@@ -97,6 +102,13 @@ def test_the_store_is_gone_for_a_while(
     found.notes["seconds_gone"] = seconds
 
 
+def upload(folder: Path) -> subprocess.CompletedProcess[str]:
+    """`metaloom upload` in the folder of the runs."""
+    command = [sys.executable, "-m", "pipeline.cli", "upload"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
 def test_the_store_is_gone_for_good(
     campaign: Callable[[str], Campaign],
     s3: Server,
@@ -108,7 +120,9 @@ def test_the_store_is_gone_for_good(
     """The run ends well and says what is kept where; `metaloom upload` brings it when it is back."""
     found = campaign("S3 gone for good")
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
+    kept = tmp_path / ".metaloom" / "checkpoints" / "run"
     job = long_job(tmp_path / "run", blob_store, blob_tasks)
+    job = job.model_copy(update={"checkpoints": kept})
     run = Disturbed(job, "local")
     run.start(2)
     assert run.wait_for_steps(CHECKPOINT_EVERY + 1)
@@ -117,12 +131,14 @@ def test_the_store_is_gone_for_good(
     try:
         equal = run.end() == metrics and digest(job) == bits
         assert "takes no checkpoint" in run.log() and "metaloom upload" in run.log()
-        with pytest.raises(StorageError, match="still in"):
-            upload_checkpoints(job.checkpoints.parent)
+        refused = upload(tmp_path)
+        assert refused.returncode == StorageError.status
+        assert "still in .metaloom/checkpoints" in refused.stderr
     finally:
         s3.start()
-    last = newest_step(job.checkpoints)
-    upload_checkpoints(job.checkpoints.parent)
+    last = newest_step(kept)
+    done = upload(tmp_path)
+    assert done.returncode == 0, done.stderr
     assert Storage(place).names(f"checkpoints/{job.checkpoints.name}")[-1] == f"step-{last:08d}"
     outcome = Try(before, survived=True, bits_equal=equal, steps_lost=0)
     found.add(dataclasses.replace(outcome, survived=last == NUM_STEPS))

@@ -17,7 +17,7 @@ from pipeline.store.reader import Store
 from pipeline.training.meta_train import MetaTrainJob
 from tests.chaos.campaign import Campaign, Try
 from tests.distributed.broken import Slow
-from tests.distributed.small_run import digest, make_job
+from tests.distributed.small_run import CHECKPOINT_EVERY, digest, make_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(1800)]
 
@@ -29,9 +29,9 @@ def rate(job: MetaTrainJob) -> float:
     return statistics.median(p["tasks_per_second"] for p in points if "tasks_per_second" in p)
 
 
-def stragglers(errors: str) -> list[dict[str, Any]]:
+def told_of(event: str, errors: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] == "straggler"]
+    return [line for line in lines if line["event"] == event]
 
 
 @pytest.mark.parametrize(("what", "why"), [("compute", "computes"), ("data", "waits for its data")])
@@ -54,10 +54,32 @@ def test_the_log_says_who_is_slow_and_the_bits_stay(
     plan = Slow(job=jobs["slow"], rank=1, seconds=_DELAY, what=what)
     slow = Job("tests.distributed.broken:slowed", plan, 2)
     result = launch_local(slow, tmp_path / "launch-slow")
-    told = stragglers(capfd.readouterr().err)
+    told = told_of("straggler", capfd.readouterr().err)
     rates = {name: rate(job) for name, job in jobs.items()}
     named = bool(told) and all(s["worker"] == 1 and s["why"].startswith(why) for s in told)
     equal = result == metrics and digest(jobs["slow"]) == digest(jobs["quick"])
     record = campaign(f"one worker slow: {what}")
     record.notes |= {"tasks_per_second": {n: round(r, 1) for n, r in rates.items()}}
     record.add(Try(_STEPS, named and rates["slow"] < rates["quick"], equal, 0))
+
+
+def test_the_log_says_that_the_disk_is_slow_and_the_bits_stay(
+    blob_store: Store,
+    blob_tasks: Path,
+    tmp_path: Path,
+    campaign: Callable[[str], Campaign],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    jobs = {
+        name: make_job(tmp_path / name, blob_store, blob_tasks, num_steps=_STEPS)
+        for name in ("quick", "slow")
+    }
+    metrics = launch_local(Job("pipeline.training.meta_train:run", jobs["quick"], 2), tmp_path)
+    assert not told_of("slow disk", capfd.readouterr().err)
+    plan = Slow(job=jobs["slow"], rank=0, seconds=1.1, what="checkpoints")
+    result = launch_local(Job("tests.distributed.broken:slowed", plan, 2), tmp_path / "slow")
+    told = told_of("slow disk", capfd.readouterr().err)
+    writes = -(-_STEPS // CHECKPOINT_EVERY)
+    named = all(line["folder"] == str(jobs["slow"].checkpoints) for line in told)
+    equal = result == metrics and digest(jobs["slow"]) == digest(jobs["quick"])
+    campaign("a slow disk").add(Try(_STEPS, len(told) == writes and named, equal, 0))

@@ -109,6 +109,18 @@ def test_nodes_with_disks_of_their_own_send_their_results_by_s3(
     here = job.model_copy(update={"target": tmp_path / "driver" / job.target})
     assert digest(here) == bits
     assert not (tmp_path / "driver" / "checkpoints").exists()
+    token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    logs = _ray_logs(ray_cluster)
+    assert any(job.target.name.encode() in text for text in logs.values()), "they tell of the job"
+    for secret in (token, s3.environment["AWS_SECRET_ACCESS_KEY"]):
+        assert [path for path, text in logs.items() if secret.encode() in text] == []
+
+
+def _ray_logs(cluster: RayCluster) -> dict[Path, bytes]:
+    """What both nodes have written about all their work."""
+    folders = [node.folder / "state" for node in (cluster.head, cluster.node)]
+    paths = [path for folder in folders for path in folder.glob("session_*/logs/**/*")]
+    return {path: path.read_bytes() for path in paths if path.is_file()}
 
 
 def test_results_that_cannot_come_home_are_refused_by_a_clear_error(

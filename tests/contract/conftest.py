@@ -1,7 +1,26 @@
-"""The servers that some rows of the batteries need."""
+"""The rows of the launchers' batteries, and the servers that some of them need."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
+
+from pipeline.launch.base import Launcher
+from pipeline.launch.table import LAUNCHERS
 from tests.cluster.conftest import cluster_folder, ray_cluster
+from tests.contract.drive import drive
 
 __all__ = ["cluster_folder", "ray_cluster"]
+
+ROWS = ["local", "torchrun", pytest.param("ray_train", marks=pytest.mark.cluster)]
+every_launcher = pytest.mark.parametrize("name", ROWS)
+
+
+@pytest.fixture
+def launcher(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Launcher:
+    """A launcher; Ray's in a process of its own, since Ray reads its token once, on import."""
+    if name != "ray_train":
+        return LAUNCHERS[name]
+    environment = request.getfixturevalue("ray_cluster").environment
+    return lambda job, folder: drive(name, job, folder, environment)

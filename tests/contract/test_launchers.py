@@ -14,31 +14,21 @@ from pipeline.launch.table import LAUNCHERS, launch
 from pipeline.runtime.context import SINGLE
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import run as run_meta_training
-from tests.contract.drive import drive, start
+from tests.contract.conftest import ROWS, every_launcher
+from tests.contract.drive import start
 from tests.distributed.entries import Plan
 from tests.distributed.small_run import digest, make_job
 
-CONTRACT = ["local", "torchrun", pytest.param("ray_train", marks=pytest.mark.cluster)]
-every = pytest.mark.parametrize("name", CONTRACT)
 ENTRIES = "tests.distributed.entries"
 
 
-@pytest.fixture
-def launcher(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Launcher:
-    """A launcher; Ray's in a process of its own, since Ray reads its token once, on import."""
-    if name != "ray_train":
-        return LAUNCHERS[name]
-    environment = request.getfixturevalue("ray_cluster").environment
-    return lambda job, folder: drive(name, job, folder, environment)
-
-
 def test_the_battery_is_complete() -> None:
-    names = [row if isinstance(row, str) else row.values[0] for row in CONTRACT]
+    names = [row if isinstance(row, str) else row.values[0] for row in ROWS]
     assert names == ["local", "torchrun", "ray_train"]
     assert set(names) == set(LAUNCHERS)
 
 
-@every
+@every_launcher
 @pytest.mark.parametrize("num_workers", [1, 2, 3])
 def test_every_launcher_ends_with_the_same_bits(
     launcher: Launcher, num_workers: int, blob_store: Store, blob_tasks: Path, tmp_path: Path
@@ -52,7 +42,7 @@ def test_every_launcher_ends_with_the_same_bits(
     assert digest(job) == digest(plain)
 
 
-@every
+@every_launcher
 def test_every_worker_runs_the_entry_with_one_thread(launcher: Launcher, tmp_path: Path) -> None:
     num_workers = 2
     job = Job(f"{ENTRIES}:identify", Plan(rank=0, what=""), num_workers)
@@ -61,7 +51,7 @@ def test_every_worker_runs_the_entry_with_one_thread(launcher: Launcher, tmp_pat
     assert len({pid for _, _, pid in workers} - {os.getpid()}) == num_workers
 
 
-@every
+@every_launcher
 @pytest.mark.parametrize(
     ("rank", "what", "kind", "expected"),
     [
@@ -83,7 +73,7 @@ def test_a_failure_names_its_worker_and_stops_the_others(
         launcher(job, tmp_path)
 
 
-@every
+@every_launcher
 def test_workers_do_not_outlive_a_killed_driver(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.core.config import Section
+from pipeline.runtime import resume
 from pipeline.runtime.context import Context
 from pipeline.store.reader import Store
 from pipeline.training import loop
@@ -87,13 +88,20 @@ class Slow(Section):
     rank: int
     seconds: float
     what: str
-    """`compute` or `data`"""
+    """`compute`, `data` or `checkpoints`"""
+
+
+_PLACES: dict[str, tuple[Any, str]] = {
+    "compute": (MetaTraining, "gradient"),
+    "data": (Store, "gather"),
+    "checkpoints": (resume, "save_checkpoint"),
+}
 
 
 def slowed(plan: Slow, context: Context) -> dict[str, Any]:
     """Train beside a worker whose processor, or whose disk, is slow."""
     if context.rank == plan.rank:
-        owner, name = {"compute": (MetaTraining, "gradient"), "data": (Store, "gather")}[plan.what]
+        owner, name = _PLACES[plan.what]
         quick = getattr(owner, name)
 
         def slow(*arguments: Any) -> Any:

@@ -14,8 +14,9 @@ from pipeline.core.errors import TrainingError
 from pipeline.core.types import Params
 from pipeline.engine.learner import Learner
 from pipeline.engine.meta_gradient import GroupGradient
+from pipeline.runtime.agreement import kinds_of_machines
 from pipeline.runtime.checkpoint import load_checkpoint
-from pipeline.runtime.context import SINGLE
+from pipeline.runtime.context import SINGLE, fingerprint
 from pipeline.training import loop, steps
 from pipeline.training.adam import adam_step, zero_moments
 from pipeline.training.feed import Key
@@ -301,3 +302,23 @@ def test_a_long_gradient_is_scaled_down(tmp_path: Path) -> None:
     """Adam's first moment after one step is (1 - beta1) times the clipped gradient."""
     state = train(tmp_path, Quadratic(), num_steps=1, max_gradient_norm=0.5)
     torch.testing.assert_close(state.moments.first, 0.1 * 0.5 * torch.tensor([0.6, 0.8]))
+
+
+def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Twice on other machines; going on where it was adds nothing."""
+    own = fingerprint()["id"]
+    ends = {"a": 12, "b": 25, "b again": 35, own: 60}
+    for kinds, num_steps in ends.items():
+        name = kinds.removesuffix(" again")
+        monkeypatch.setattr(loop, "kinds_of_machines", lambda context, name=name: name)
+        capfd.readouterr()
+        program = Quadratic({(num_steps, 0): float("nan")})
+        try:
+            state = train(tmp_path, program)
+        except TrainingError:
+            continue
+    assert state.progress.machines == [[0, "a"], [10, "b"], [30, own]]
+    assert f"a from step 0, b from step 10, {own} from step 30" in capfd.readouterr().err
+    assert kinds_of_machines(SINGLE) == own

@@ -312,9 +312,10 @@ def test_a_silent_store_is_an_error_only_where_there_is_nothing_else(
     assert load_checkpoint(tmp_path / "run") is not None
 
 
-def test_an_address_that_nobody_knows_is_a_clear_error() -> None:
-    with pytest.raises(ConfigError, match="METALOOM_STORAGE is 'gopher://x'"):
-        Storage("gopher://x")
+@pytest.mark.parametrize("address", ["gopher://x", "s3://", "s3:///", "file:///"])
+def test_an_address_of_no_place_is_a_clear_error(address: str) -> None:
+    with pytest.raises(ConfigError, match=f"METALOOM_STORAGE is '{address}'.*Set it to s3://"):
+        Storage(address)
 
 
 def test_the_checkpoints_of_a_finished_run_go_from_the_store_too(
