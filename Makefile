@@ -45,7 +45,7 @@ test-cluster: $(CLUSTER_STAMP)  ## tests against those servers, and of what may 
 	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/contract tests/cluster tests/chaos --numprocesses 2 --dist loadfile -m '(cluster or chaos)$(if $(filter full,$(SIZE)),, and not slow)'
 
 chaos: $(CLUSTER_STAMP)  ## break everything (SIZE=full: the nightly size): results/chaos.json
-	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/chaos
+	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/chaos tests/cluster/test_hosts.py
 
 $(CLUSTER_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,s3,servers]'

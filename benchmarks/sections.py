@@ -63,7 +63,20 @@ def render_data_path(document: dict[str, Any], record: Path) -> str:
             f"| {row['case']} | {row['engine']} | {row['tasks_per_second']:,.0f} | {spread} "
             f"| {gigabytes} |"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_openings(document["rows"])])
+
+
+def _openings(rows: list[dict[str, Any]]) -> list[str]:
+    """What opening a store of each size takes, and what using it adds."""
+    stores = {row["store_rows"]: row for row in rows if row.get("open_seconds") is not None}
+    if not stores:
+        return []
+    lines = ["", "| rows of the store | opened in | memory of its index | more while it is used |"]
+    lines.append("|---:|---:|---:|---:|")
+    for size, row in sorted(stores.items()):
+        memory = f"{row['open_bytes'] / 1e6:.0f} MB | {row['growth_bytes'] / 1e6:.1f} MB"
+        lines.append(f"| {size:,} | {row['open_seconds']:.3f} s | {memory} |")
+    return lines
 
 
 def other_sections(page: Path) -> list[str]:

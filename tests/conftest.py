@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from pipeline.core.seeding import derive_seed
 from pipeline.store.reader import Store, StoredClass, open_store
@@ -16,6 +17,8 @@ from pipeline.store.writer import StoreContent, write_store
 from pipeline.tasks.plan import SampleTasksConfig, sample_tasks
 from pipeline.tasks.spec import EpisodeSpec, FrozenSpec
 
+settings.register_profile("whatever else runs here", deadline=None)
+settings.load_profile("whatever else runs here")
 torch.set_num_threads(1)  # as the workers do; the tests' own small tensors gain nothing from more
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -18,10 +18,15 @@ class Attempts:
     total: int = 0
     """Starts of this run by this launcher"""
 
-    def begin(self, progress: int) -> Attempts:
-        """One more start, at this checkpoint."""
-        same = progress == self.progress
-        return Attempts(progress, self.count + 1 if same else 1, self.total + 1)
+    def begin(self, progress: int, *, counts: bool = True) -> Attempts:
+        """One more start, at this checkpoint.
+
+        Args:
+            counts: nothing had failed when it does not; the first one counts anyway.
+        """
+        counts = counts or not self.total
+        same = self.count + counts if progress == self.progress else 1
+        return Attempts(progress, same, self.total + counts)
 
     def check(self, max_restarts: int, cause: str) -> None:
         """Refuse the start when those before it came to nothing.

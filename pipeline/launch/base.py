@@ -10,10 +10,10 @@ from pipeline.core.config import Section
 from pipeline.core.errors import ConfigError
 from pipeline.runtime.context import default_num_workers
 
-FINAL, BUG, ORPHAN, LOST_PEER, FAULT, STOPPED = 1, 3, 4, 5, 6, 75
+FINAL, BUG, ORPHAN, LOST_PEER, FAULT, REFUSED, STOPPED = 1, 3, 4, 5, 6, 74, 75
 """How a worker ends other than well: with an error that no new start would mend; with a mistake of
 ours; without a launcher; because a peer went away, who has the story; with a fault that it names;
-behind a checkpoint, because it was asked to."""
+because its disk takes nothing, not even an error; behind a checkpoint, because it was asked to."""
 
 
 class Job(NamedTuple):

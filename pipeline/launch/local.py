@@ -18,8 +18,9 @@ from pipeline.core import errors
 from pipeline.core.errors import PipelineError, StoppedError, TrainingError
 from pipeline.core.files import read_json
 from pipeline.launch.attempts import Attempts
-from pipeline.launch.base import FINAL, LOST_PEER, STOPPED, Job
-from pipeline.launch.worker import PARENT
+from pipeline.launch.base import FINAL, LOST_PEER, REFUSED, STOPPED, Job
+from pipeline.launch.fault_notes import note_of
+from pipeline.launch.worker import PARENT, STARTS, disk_refuses
 from pipeline.runtime.logs import say
 
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -69,7 +70,8 @@ def launch_local(job: Job, folder: Path) -> Any:
 def prepare(job: Job, folder: Path) -> None:
     """Write the job's configuration where its workers read it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in [folder / "result.json", folder / "progress", *folder.glob("error-*.json")]:
+    notes = [*folder.glob("error-*.json"), *folder.glob("fault-*.json")]
+    for stale in [folder / "result.json", folder / "progress", folder / STARTS, *notes]:
         stale.unlink(missing_ok=True)
     (folder / "config.json").write_text(job.config.model_dump_json())
 
@@ -132,7 +134,7 @@ def _attempt(job: Job, folder: Path, asked: Callable[[], bool]) -> None:
         StoppedError: as was asked.
         _RestartError: whatever another start may mend.
     """
-    for stale in [*folder.glob("rendezvous*"), *folder.glob("fault-*.json")]:
+    for stale in folder.glob("rendezvous*"):
         stale.unlink()
     workers: list[subprocess.Popen[bytes]] = []
     try:
@@ -182,7 +184,7 @@ def _wait(workers: list[subprocess.Popen[bytes]], folder: Path, asked: Callable[
             elif code == LOST_PEER:
                 lost_since = lost_since or time.monotonic()
             elif code is not None:
-                raise _failed(rank, code, folder)
+                raise _failed(rank, worker.pid, code, folder)
         now = time.monotonic()
         if lost_since and now - lost_since > _GRACE_SECONDS:
             raise _RestartError("workers lost their connections to each other")
@@ -205,12 +207,14 @@ def _stopped(folder: Path, asked: bool) -> None:
     )
 
 
-def _failed(rank: int, code: int, folder: Path) -> Exception:
+def _failed(rank: int, process: int, code: int, folder: Path) -> Exception:
     if code == FINAL and (error := final_error(folder)):
         return error
+    if code == REFUSED:
+        return disk_refuses(folder)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    fault = folder / f"fault-{rank}.json"
-    told = f": {read_json(fault)['message']}" if fault.exists() else ""
+    fault = note_of(folder, process)
+    told = f": {fault}" if fault else ""
     log = folder / f"worker-{rank}.log"
     seen = f" Its last words are in {log}." if log.exists() and log.stat().st_size else ""
     return _RestartError(f"worker {rank} {how}{told}.{seen}")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import socket
 import struct
 import sys
+import time
 from typing import NamedTuple
 
 from pipeline.core.errors import ConfigError
 
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 _SIOCGIFADDR = 0x8915
+_CLOSING_SECONDS = 2.0
+"""How long the port of a run before may need to become free."""
 
 
 class Endpoint(NamedTuple):
@@ -50,6 +54,45 @@ def free_endpoint() -> Endpoint:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return Endpoint("127.0.0.1", int(probe.getsockname()[1]))
+
+
+def require_free(endpoint: Endpoint) -> None:
+    """See that this host can hold the rendezvous there.
+
+    Raises:
+        ConfigError: something else listens at the port, or the address is another host's.
+    """
+    deadline = time.monotonic() + _CLOSING_SECONDS
+    while why := _refusal(endpoint):
+        if why not in (errno.EADDRINUSE, errno.EACCES, errno.EADDRNOTAVAIL):
+            return  # whatever it is, it is not the port's fault
+        if why == errno.EADDRINUSE and time.monotonic() < deadline:
+            time.sleep(0.1)
+            continue
+        wrong = {
+            errno.EADDRINUSE: f"port {endpoint.port} of this host is in use. Choose another one",
+            errno.EACCES: f"port {endpoint.port} is not open to you. Choose one above 1023",
+        }.get(why, f"{endpoint.host} is not an address of this host. Take one that is")
+        raise ConfigError(
+            f"METALOOM_RENDEZVOUS is {endpoint}, but {wrong}, and tell the hosts that join."
+        )
+
+
+def _refusal(endpoint: Endpoint) -> int:
+    """The number of the error that listening there comes to, or 0.
+
+    At the address, and at all of them, for that is where torch listens.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(*endpoint, type=socket.SOCK_STREAM)[0]
+        for place in (address, ("", endpoint.port)):
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(place)
+                probe.listen(1)
+    except (OSError, UnicodeError) as error:
+        return getattr(error, "errno", None) or 0
+    return 0
 
 
 def interface_towards(endpoint: Endpoint, *, listening: bool) -> Reach:

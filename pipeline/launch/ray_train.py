@@ -7,14 +7,12 @@ is decided by our own checkpoints, never by Ray's snapshot.
 from __future__ import annotations
 
 import os
-import shutil
-import signal
+import socket
+import sys
 import tempfile
-import threading
-import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +24,17 @@ from pipeline.core.errors import (
     StorageError,
     TrainingError,
 )
+from pipeline.core.files import fsync_folder, write_bytes
 from pipeline.core.ray_cluster import ray_cluster
-from pipeline.launch.attempts import Attempts
 from pipeline.launch.base import Job
 from pipeline.launch.local import WORKER_ENVIRONMENT, prepare, stop_asked
+from pipeline.launch.ray_desk import ask, open_desk, watched, went_away
 from pipeline.runtime.context import timeout_from_environment
-from pipeline.runtime.logs import say
-from pipeline.runtime.mirror import storage_from_environment
+from pipeline.runtime.storage import Storage, storage_from_environment
 
-_POLL_SECONDS = 0.25
-_STOP_SECONDS = 60.0
-_PASSED_ON = ("AWS_", "METALOOM_")
-"""By the workers' own argument: what Ray sets for a process it also writes into its logs."""
+_PASSED_ON = ("METALOOM_STORAGE", "METALOOM_TIMEOUT_SECONDS")
+"""By the desk: what Ray sets for a process it writes into its logs, and a run's arguments into its
+state, which the dashboard shows."""
 _SET_EARLY = ("GLOO_", "NCCL_", "CUBLAS_")
 
 
@@ -54,151 +51,71 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
     """
     prepare(job, folder)
     failure: list[BaseException] = []
-    with ray_cluster(show_workers=True) as ray, stop_asked() as asked, _token() as token:
-        desk = _open_desk(ray, job)
-        ended = threading.Event()
-        watcher = threading.Thread(target=_watch, args=(ray, desk, asked, ended), daemon=True)
-        watcher.start()
-        try:
-            _trainer(job, folder, token, desk).fit()
-        except PipelineError:
-            raise
-        except (Exception, SystemExit) as error:  # Ray leaves by the latter when it is interrupted
-            failure.append(error)
-        finally:
-            ended.set()
-            watcher.join()
-        told = ray.get([desk.error.remote(), desk.result.remote(), desk.progress.remote()])
-    error_told, done, progress = told
+    with ray_cluster(show_workers=True) as ray, stop_asked() as asked, _presence() as token:
+        desk = open_desk(ray, job, _passed_on(os.environ))
+        with watched(ray, desk, asked) as gone:
+            try:
+                _trainer(job, folder, token, desk).fit()
+            except PipelineError:
+                raise
+            except (Exception, SystemExit) as error:  # Ray leaves by the latter when interrupted
+                failure.append(error)
+        if gone.is_set():
+            raise went_away()
+        told = ask(ray, desk)
     stopping = asked()
-    _raise_what_is_told(error_told)
-    if done is None and stopping:
+    _raise_what_is_told(told.error)
+    if told.result is None and stopping:
         raise StoppedError(
-            f"stopped behind the checkpoint of step {progress}, as asked. Run the same command "
-            "again to go on."
+            f"stopped behind the checkpoint of step {told.progress}, as asked. Run the same "
+            "command again to go on."
         )
-    if done is None and (not failure or isinstance(failure[0], SystemExit)):
+    if told.result is None and (not failure or isinstance(failure[0], SystemExit)):
         raise KeyboardInterrupt
-    if done is None:
+    if told.result is None:
         raise TrainingError(
             f"{_cause(failure[0])}. Run the same command again: it resumes from the last "
             "checkpoint."
         )
-    _bring_home(job, done["stored"])
-    return done["result"]
-
-
-class _Desk:
-    """An actor beside the driver: what the workers and the driver tell each other."""
-
-    def __init__(self, max_restarts: int) -> None:
-        self._max_restarts = max_restarts
-        self._attempts, self._cause, self._told = Attempts(), "the workers ended.", ""
-        self._progress = 0
-        self._restarts: list[tuple[int, str]] = []
-        self._error: dict[str, str] | None = None
-        self._result: dict[str, Any] | None = None
-        self._stop = False
-
-    def failed(self, cause: str) -> None:
-        """A group of workers has failed, not gone because of its machines."""
-        self._attempts = self._attempts.begin(self._progress)
-        self._cause = self._told or cause
-        self._told = ""
-        if self._attempts.count > self._max_restarts:
-            starts = f" ({self._attempts.count} starts from step {self._progress})"
-            self.fail(
-                "TrainingError",
-                f"{self._cause} Run the same command again: it resumes from the last checkpoint"
-                f"{starts if self._max_restarts else ''}.",
-            )
-        else:
-            self._restarts.append((self._progress, self._cause))
-
-    def moved(self, why: str) -> None:
-        """The workers' machines go away with notice, which is no failure."""
-        self._restarts.append((self._progress, why))
-
-    def restarts(self) -> list[tuple[int, str]]:
-        """For each new start of the workers: from which step, and why."""
-        return self._restarts
-
-    def reach(self, step: int) -> None:
-        """There is a checkpoint of this step."""
-        self._progress = step
-
-    def fault(self, message: str) -> None:
-        """Why the workers have to be started again."""
-        self._told = message
-
-    def fail(self, kind: str, message: str) -> None:
-        """An error that no new start would mend."""
-        self._error = self._error or {"kind": kind, "message": message}
-
-    def finish(self, result: dict[str, Any]) -> None:
-        """The run has ended well."""
-        self._result = result
-
-    def stop(self) -> None:
-        """The driver was asked to stop."""
-        self._stop = True
-
-    def stopping(self) -> bool:
-        """Whether the workers have to stop."""
-        return self._stop
-
-    def error(self) -> dict[str, str] | None:
-        """What was failed with."""
-        return self._error
-
-    def result(self) -> dict[str, Any] | None:
-        """What it finished with."""
-        return self._result
-
-    def progress(self) -> int:
-        """Step of the last checkpoint."""
-        return self._progress
+    _bring_home(job, told.result["stored"])
+    return told.result["result"]
 
 
 @contextmanager
-def _token() -> Iterator[Path]:
+def _presence() -> Iterator[Path]:
     """A file in the driver's working folder; a worker that sees it in its own shares it."""
-    token = Path(".metaloom") / f"driver-{uuid.uuid4().hex}"
-    token.parent.mkdir(exist_ok=True)
-    token.touch()
+    here = socket.gethostname()
+    shown = Path(".metaloom") / f"driver-{uuid.uuid4().hex}"
+    for old in shown.parent.glob("driver-*"):
+        with suppress(FileNotFoundError):  # its driver has just ended
+            host, _, pid = old.read_text().partition(" ")
+            if host == here and pid.isdecimal() and not _lives(int(pid)):
+                old.unlink()
+    write_bytes(shown, f"{here} {os.getpid()}".encode())
     try:
-        yield token
+        yield shown
     finally:
-        token.unlink()
+        shown.unlink(missing_ok=True)
 
 
-def _open_desk(ray: Any, job: Job) -> Any:
-    """On the driver's node, so that no other node's death takes it away."""
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0)(_Desk).options(scheduling_strategy=here)
-    return actor.remote(job.max_restarts)
 
-
-def _watch(ray: Any, desk: Any, asked: Callable[[], bool], ended: threading.Event) -> None:
-    """Pass on that the driver was asked to stop; say why workers start again; end a failed run.
-
-    Ray Train restarts whatever fails; Ctrl-C is the way by which it lets a run be given up.
-    """
-    stopping, said = 0.0, 0
-    while not ended.wait(_POLL_SECONDS):
-        if asked() and not stopping:
-            stopping = time.monotonic()
-            desk.stop.remote()
-        late = stopping and time.monotonic() - stopping > _STOP_SECONDS
-        error, restarts = ray.get([desk.error.remote(), desk.restarts.remote()])
-        for step, why in restarts[said:]:
-            say("restart", step=step, why=why)
-        said = len(restarts)
-        if (late or error is not None) and not ended.is_set():
-            os.kill(os.getpid(), signal.SIGINT)
-            return
+def _passed_on(environment: Mapping[str, str]) -> dict[str, str]:
+    """What workers read of the driver's environment; keys only where they have a use for them."""
+    stored = bool(environment.get("METALOOM_STORAGE"))
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in _PASSED_ON or (stored and name.startswith("AWS_"))
+    }
 
 
 def _trainer(job: Job, folder: Path, token: Path, desk: Any) -> Any:
@@ -223,7 +140,6 @@ def _trainer(job: Job, folder: Path, token: Path, desk: Any) -> Any:
         "workspace": os.environ.get("METALOOM_WORKSPACE") or str(Path.cwd()),
         "token": str(token),
         "journals": str(Path.cwd()),
-        "environment": {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)},
         "desk": desk,
     }
     restarts = -1 if job.max_restarts else 0  # how many are too many, the desk decides
@@ -301,10 +217,32 @@ def _bring_home(job: Job, stored: str | None) -> None:
     if stored is None or storage is None:
         return
     for index, target in enumerate(job.outputs):
-        with tempfile.TemporaryDirectory() as scratch, _explained(storage.uri, stored):
-            sealed = Path(scratch) / "sealed"
-            storage.get(f"{stored}/{index}", sealed)
-            content = sealed / "content"  # of a folder that was not sealed itself
-            found = content if content.is_dir() else sealed
-            shutil.copytree(found, target, dirs_exist_ok=True)
-        storage.remove(f"{stored}/{index}")
+        name = f"{stored}/{index}"
+        with _explained(storage.uri, stored):
+            _fetch(storage, name, target)
+        try:
+            storage.remove(name)
+        except OSError as error:
+            why = str(error).partition("\n")[0]
+            print(
+                f"warning: {storage.uri}/{name} could not be removed ({why}); the run has ended "
+                "well and does not need it. Delete it.",
+                file=sys.stderr,
+            )
+
+
+def _fetch(storage: Storage, name: str, target: Path) -> None:
+    """Download and check one output beside its place, then rename it: never mixed with an old one.
+
+    The scratch folder's name is one that `new_folder` clears away if this process is killed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name}.building-"
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as scratch:
+        sealed = Path(scratch) / "sealed"
+        storage.get(name, sealed)
+        content = sealed / "content"  # of a folder that was not sealed itself
+        if target.exists():
+            os.replace(target, Path(scratch) / "old")
+        os.replace(content if content.is_dir() else sealed, target)
+    fsync_folder(target.parent)

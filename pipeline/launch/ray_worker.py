@@ -26,7 +26,7 @@ from pipeline.runtime.context import joined_context
 from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
 from pipeline.runtime.journal import Journal, Point
 from pipeline.runtime.logs import say
-from pipeline.runtime.mirror import storage_from_environment
+from pipeline.runtime.storage import storage_from_environment
 
 _POLL_SECONDS = 0.5
 _END_SECONDS = 30.0
@@ -39,7 +39,7 @@ class PreemptedError(Exception):
 def work(loop: Mapping[str, Any]) -> None:
     """One worker: run the entry; the main one leaves its result at the desk."""
     desk = loop["desk"]
-    os.environ.update(loop["environment"])
+    os.environ.update(ray.get(desk.environment.remote()))
     _hush()
     try:
         _enter(loop["workspace"])

@@ -8,52 +8,51 @@ of the driver's host, so that what it leaves is where DVC looks for it.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.core import errors
-from pipeline.core.errors import ConfigError, StoppedError, TrainingError
+from pipeline.core.errors import ConfigError, MachineError, StoppedError, TrainingError
 from pipeline.core.files import read_json
-from pipeline.launch.attempts import Attempts
-from pipeline.launch.base import Job, bounds_from_environment, num_workers_from_environment
-from pipeline.launch.local import (
-    WORKER_ENVIRONMENT,
-    final_error,
-    prepare,
-    progress_in,
-    stop_asked,
-    worker_arguments,
+from pipeline.launch.base import Job, num_workers_from_environment
+from pipeline.launch.local import final_error, prepare, progress_in, stop_asked
+from pipeline.launch.network import Endpoint, parse_endpoint, require_free
+from pipeline.launch.torchrun_board import Announcement, description, is_open
+from pipeline.launch.torchrun_hosts import (
+    MANY,
+    Hosts,
+    end_agent,
+    hosts_from_environment,
+    start_agent,
 )
-from pipeline.launch.network import Endpoint, free_endpoint, interface_towards, parse_endpoint
-from pipeline.launch.worker import PARENT, STARTS, resolve
+from pipeline.launch.torchrun_story import (
+    AGENT_LOG,
+    Story,
+    agents_last_words,
+    how_it_ended,
+)
+from pipeline.launch.worker import resolve
 from pipeline.runtime.lineage import code_hash, code_root
 from pipeline.runtime.logs import say
-from pipeline.runtime.noticeboard import Noticeboard
+from pipeline.runtime.noticeboard import Noticeboard, SilentError
 
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 60.0
-_LAST_CALL_SECONDS = 2
-"""How long the agents wait for more hosts once there are enough."""
-_MANY = 1_000_000
-"""The agents start the workers again without end; how often is enough, the driver counts."""
+_PATIENCE_SECONDS = 15.0
+"""For the noticeboard; no signal is heard meanwhile."""
+_GAVE_UP, _SIGNALS = 2, 128
+"""How torchrun's agent ends, beside 1: it could not go on itself; by a signal, added to that."""
 
 
-class Hosts(NamedTuple):
-    """The hosts of a run."""
-
-    least: int
-    most: int
-    rendezvous: Endpoint
+class _LostAgentError(Exception):
+    """The agent was ended by somebody else: how."""
 
 
 def launch_torchrun(job: Job, folder: Path) -> Any:
@@ -66,17 +65,49 @@ def launch_torchrun(job: Job, folder: Path) -> Any:
         PipelineError: a worker's own; or too many starts came to nothing.
         StoppedError: this process was asked to stop, and the workers did.
     """
-    hosts = _hosts_from_environment()
+    hosts = hosts_from_environment()
+    require_free(hosts.rendezvous)
     prepare(job, folder)
-    run = uuid.uuid4().hex[:12]
+    (folder / AGENT_LOG).unlink(missing_ok=True)
+    story = Story(folder, job.max_restarts)
     with stop_asked() as asked:
-        agent = _start_agent(job, folder, hosts, run, is_main=True)
+        while True:
+            try:
+                _run_agent(job, folder, hosts, story, asked)
+                return read_json(folder / "result.json")
+            except _LostAgentError as lost:
+                _require_another_agent(job, hosts, str(lost))
+                story.lost_agent(str(lost))
+                hosts = hosts_from_environment()
+                require_free(hosts.rendezvous)
+
+
+def _run_agent(
+    job: Job, folder: Path, hosts: Hosts, story: Story, asked: Callable[[], bool]
+) -> None:
+    """From an agent's start to its end; its workers have ended then."""
+    run = uuid.uuid4().hex[:12]
+    agent = start_agent(job, folder, hosts, run, is_main=True)
+    try:
+        if hosts.most == 1:
+            _wait(agent, folder, story, asked, None)
+            return
+        told = description(job, hosts, run)
+        board = Announcement(hosts.rendezvous, told, lambda: agent.poll() is None)
         try:
-            board = _announce(job, hosts, run) if hosts.most > 1 else None
-            _wait(agent, job, folder, asked, board)
+            _wait(agent, folder, story, asked, board)
         finally:
-            _end(agent)
-    return read_json(folder / "result.json")
+            board.close()
+    finally:
+        end_agent(agent)
+
+
+def _require_another_agent(job: Job, hosts: Hosts, lost: str) -> None:
+    if hosts.most > 1:
+        lost += " The rendezvous of all hosts has ended with it."
+    elif job.max_restarts:
+        return
+    raise TrainingError(f"{lost} Run the same command again: it resumes from the last checkpoint.")
 
 
 def join_runs(rendezvous: str, folder: Path, *, once: bool = False) -> None:
@@ -89,9 +120,10 @@ def join_runs(rendezvous: str, folder: Path, *, once: bool = False) -> None:
 
     Raises:
         ConfigError: that is no address, or the driver runs other code than this host has.
+        MachineError: what listens there is no driver.
     """
     endpoint = parse_endpoint(rendezvous)
-    _, num_workers = num_workers_from_environment(_MANY)
+    _, num_workers = num_workers_from_environment(MANY)
     say("join", waiting_for=str(endpoint), workers=float(num_workers))
     last = ""
     with stop_asked() as asked:
@@ -127,7 +159,7 @@ def _serve(
     job = Job(told["entry"], config, num_workers)
     prepare(job, folder)
     hosts = Hosts(told["least"], told["most"], endpoint)
-    agent = _start_agent(job, folder, hosts, told["run"], is_main=False)
+    agent = start_agent(job, folder, hosts, told["run"], is_main=False)
     try:
         while agent.poll() is None:
             if asked():
@@ -136,112 +168,52 @@ def _serve(
                     agent.wait(_GRACE_SECONDS)
                 return
             if error := final_error(folder):
-                with contextlib.suppress(RuntimeError):  # a driver that has gone needs no telling
-                    board = Noticeboard.connect(endpoint.host, endpoint.port)
+                with contextlib.suppress(MachineError):  # a driver that has gone needs no telling
+                    board = Noticeboard.connect(*endpoint, patience=_PATIENCE_SECONDS)
                     board.put("error", {"kind": type(error).__name__, "message": str(error)})
                 return
             time.sleep(_POLL_SECONDS)
         if not agent.returncode:
             shutil.rmtree(folder)  # kept when the run failed: it holds the workers' logs
     finally:
-        _end(agent)
-
-
-def _hosts_from_environment() -> Hosts:
-    value = os.environ.get("METALOOM_NODES") or "1"
-    least, most = bounds_from_environment("METALOOM_NODES", value)
-    place = os.environ.get("METALOOM_RENDEZVOUS", "")
-    if most > 1 and not place:
-        raise ConfigError(
-            f"METALOOM_NODES is {value}, but METALOOM_RENDEZVOUS does not say where the other "
-            "hosts find this one. Set it to <this host's address>:<a free port>, and on each "
-            "other host run `metaloom join` with the same."
-        )
-    rendezvous = parse_endpoint(place) if place else free_endpoint()
-    return Hosts(least or most, most, rendezvous)
-
-
-def _start_agent(
-    job: Job, folder: Path, hosts: Hosts, run: str, *, is_main: bool
-) -> subprocess.Popen[bytes]:
-    local = interface_towards(hosts.rendezvous, listening=is_main)
-    restarts = _MANY if job.max_restarts or not is_main else 0
-    others = ",".join(f"{rank}:3" for rank in range(0 if not is_main else 1, job.num_workers))
-    conf = f"is_host={int(is_main)},last_call_timeout={_LAST_CALL_SECONDS},keep_alive_interval=2"
-    options = {
-        "nnodes": f"{hosts.least}:{hosts.most}",
-        "nproc-per-node": str(job.num_workers),
-        "rdzv-backend": "c10d",
-        "rdzv-endpoint": str(hosts.rendezvous),
-        "rdzv-id": run,
-        "rdzv-conf": conf,
-        "max-restarts": str(restarts),
-        "monitor-interval": "0.1",
-        "local-addr": local.address,
-        "log-dir": str(folder / "logs"),
-        **({"redirects": others} if others else {}),
-    }
-    command = [sys.executable, "-m", "pipeline.launch.torchrun_agent", str(folder / "agent.log")]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    command += ["--module", "pipeline.launch.worker", *worker_arguments(job, folder)]
-    environment = {
-        **os.environ,
-        **WORKER_ENVIRONMENT,
-        PARENT: str(os.getpid()),
-        "METALOOM_MAIN_HOST": str(int(is_main)),
-        # With it, a host that comes later waits for an address that nobody tells it (torch 2.13).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", local.interface),
-    }
-    return subprocess.Popen(command, env=environment, start_new_session=True)
-
-
-def _announce(job: Job, hosts: Hosts, run: str) -> Noticeboard:
-    """Tell the hosts that join what to run."""
-    board = Noticeboard.connect(hosts.rendezvous.host, hosts.rendezvous.port)
-    kind = type(job.config)
-    told = {
-        "run": run,
-        "code": code_hash(code_root()),
-        "entry": job.entry,
-        "config_type": f"{kind.__module__}:{kind.__qualname__}",
-        "config": job.config.model_dump(mode="json"),
-        "least": hosts.least,
-        "most": hosts.most,
-    }
-    board.put("job", told)
-    return board
+        end_agent(agent)
 
 
 def _next_job(endpoint: Endpoint, last: str) -> dict[str, Any] | None:
-    """What the driver wants done, if there is one with a job that is not the last one."""
+    """What the driver wants done, if there is one with a job that is not the last one.
+
+    Raises:
+        MachineError: what listens there is no driver.
+    """
+    if not is_open(endpoint):
+        return None
     try:
-        with socket.create_connection(endpoint, timeout=1.0):
-            pass
-        told = _told(Noticeboard.connect(endpoint.host, endpoint.port), "job")
-    except (OSError, RuntimeError):
+        told: dict[str, Any] | None = Noticeboard.connect(
+            *endpoint, patience=_PATIENCE_SECONDS
+        ).get("job")
+    except SilentError:
+        raise
+    except MachineError:  # the run has just ended
         return None
     return told if told and told["run"] != last else None
 
 
-def _told(board: Noticeboard | None, name: str) -> dict[str, Any] | None:
-    """A note on the board; None also when the agent that holds the board has just ended."""
-    try:
-        note: dict[str, Any] | None = None if board is None else board.get(name)
-    except RuntimeError:
-        return None
-    return note
-
-
 def _wait(
     agent: subprocess.Popen[bytes],
-    job: Job,
     folder: Path,
+    story: Story,
     asked: Callable[[], bool],
-    board: Noticeboard | None,
+    board: Announcement | None,
 ) -> None:
-    told_since, said, cause = 0.0, 1, ""
-    while (code := agent.poll()) is None:
+    """Tell what happens until the agent has ended, well or because it was asked to.
+
+    Raises:
+        PipelineError: whatever no new start would mend.
+        StoppedError: as was asked.
+        _LostAgentError: nobody here had asked the agent to end.
+    """
+    told_since = 0.0
+    while agent.poll() is None:
         if asked() and not told_since:
             told_since = time.monotonic()
             agent.send_signal(signal.SIGTERM)
@@ -249,14 +221,12 @@ def _wait(
             break
         if error := final_error(folder):
             raise error
-        if told := _told(board, "error"):
+        if board and board.answer:
+            told = board.answer
             raise getattr(errors, told["kind"], TrainingError)(told["message"])
-        attempts = _attempts(folder)
-        attempts.check(job.max_restarts, cause)
-        if attempts.total > said:
-            say("restart", step=attempts.progress, why=cause)
-            said = attempts.total
-        cause = _cause(folder)  # as long as the workers' own notes of it are there
+        if board and board.failure:
+            raise MachineError(board.failure)
+        story.tell()
         time.sleep(_POLL_SECONDS)
     if error := final_error(folder):
         raise error
@@ -265,40 +235,18 @@ def _wait(
             f"stopped behind the checkpoint of step {progress_in(folder)}, as asked. Run the same "
             "command again to go on."
         )
-    if code:
-        raise TrainingError(
-            f"{_cause(folder)} Run the same command again: it resumes from the last checkpoint."
+    if agent.returncode:
+        raise _failed(agent.returncode, folder, story)
+
+
+def _failed(status: int, folder: Path, story: Story) -> Exception:
+    again = "Run the same command again: it resumes from the last checkpoint."
+    if status < 0 or status > _SIGNALS:
+        number = status if status < 0 else _SIGNALS - status
+        return _LostAgentError(f"torchrun's agent {how_it_ended(number)}.")
+    if status == _GAVE_UP:
+        words = agents_last_words(folder)
+        return MachineError(
+            f"torchrun's agent ended: {words}. Its log is {folder / AGENT_LOG}. {again}"
         )
-
-
-def _attempts(folder: Path) -> Attempts:
-    """The starts of the main worker so far."""
-    starts = folder / STARTS
-    attempts = Attempts()
-    for line in starts.read_text().split() if starts.exists() else []:
-        attempts = attempts.begin(int(line))
-    return attempts
-
-
-def _cause(folder: Path) -> str:
-    """What ended the workers the last time, as they or the agent tell it."""
-    log = folder / "agent.log"
-    text = log.read_text(errors="replace") if log.exists() else ""
-    ended = re.findall(r"exitcode: (-?\d+)\) local_rank: (\d+)|Detected (\d+) new nodes", text)
-    faults = sorted(folder.glob("fault-*.json"), key=lambda path: path.stat().st_mtime)
-    told = f": {read_json(faults[-1])['message']}" if faults else ""
-    logs = f" Its last words are in {folder}."
-    if not ended:
-        return f"the workers could not be started{told}.{logs}"
-    if more := ended[-1][2]:
-        return f"{more} more host{'s have' if int(more) > 1 else ' has'} come."
-    code, rank = int(ended[-1][0]), ended[-1][1]
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    return f"worker {rank} {how}{told}.{logs}"
-
-
-def _end(agent: subprocess.Popen[bytes]) -> None:
-    """The agent's workers end when it does: each watches its parent."""
-    if agent.poll() is None:
-        agent.kill()
-    agent.wait()
+    return TrainingError(f"{story.cause()} {again}")

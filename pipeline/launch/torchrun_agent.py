@@ -11,10 +11,15 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
+from pipeline.launch.fault_notes import read_notes
+from pipeline.launch.processes import is_stopped, kill, workers_of
 from pipeline.launch.worker import PARENT
 
 _PREFIX = "torch.distributed"
+_POLL_SECONDS = 0.2
+_GRACE_SECONDS = 5.0
 
 
 def main() -> None:
@@ -23,6 +28,7 @@ def main() -> None:
     driver = int(os.environ[PARENT])
     os.environ[PARENT] = str(os.getpid())  # the workers' parent
     threading.Thread(target=_end_with_parent, args=(driver,), daemon=True).start()
+    threading.Thread(target=_end_hung_workers, args=(Path(log).parent,), daemon=True).start()
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -35,7 +41,8 @@ def main() -> None:
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
     except Exception as error:  # a lost rendezvous, mostly; the driver reads the log
-        logging.getLogger(_PREFIX).error("the agent ended: %s", error)
+        words = ": ".join(f"{e}".partition("\n")[0] for e in (error, error.__cause__) if e)
+        logging.getLogger(_PREFIX).error("the agent ended: %s", words)
         sys.exit(2)
 
 
@@ -57,6 +64,30 @@ def _end_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _end_hung_workers(folder: Path) -> None:
+    """Once a worker has left a note of a fault, the others of this host have nothing more to do.
+
+    torch's agent asks them by SIGTERM and waits for half a minute before it kills those that do
+    not hear, since they are stopped or hang; and nobody starts again before.
+    """
+    known: set[int] = set()
+    while True:
+        time.sleep(_POLL_SECONDS)
+        fresh = {note.process for note in read_notes(folder)} - known
+        if not fresh:
+            continue
+        known |= fresh
+        concerned = set(workers_of(os.getpid()))
+        deadline = time.monotonic() + _GRACE_SECONDS
+        while concerned and time.monotonic() < deadline:
+            for process in filter(is_stopped, concerned):
+                kill(process)
+            time.sleep(_POLL_SECONDS)
+            concerned &= set(workers_of(os.getpid()))
+        for process in concerned:
+            kill(process)
 
 
 if __name__ == "__main__":

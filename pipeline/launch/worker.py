@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -14,26 +15,32 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.config import Section
-from pipeline.core.errors import PipelineError, StoppedError
+from pipeline.core.errors import PipelineError, StoppedError, StorageError
 from pipeline.core.files import write_json
-from pipeline.launch.base import BUG, FAULT, FINAL, LOST_PEER, ORPHAN, STOPPED
+from pipeline.launch.base import BUG, FAULT, FINAL, LOST_PEER, ORPHAN, REFUSED, STOPPED
+from pipeline.launch.fault_notes import leave_note
 from pipeline.runtime.context import worker_context
 from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
 from pipeline.runtime.metric_log import JournalLog
 
 STARTS = "starts"
-"""One line for each time that the workers were started: the checkpoint's step that they found."""
+"""A line for each start of the workers: the step of the checkpoint, and how many they are."""
 
 PARENT = "METALOOM_PARENT"
 """Environment: the process id of whoever started this one."""
 _LET_THE_OTHER_SPEAK_SECONDS = 0.5
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def main() -> None:
     """Arguments: entry, configuration class, configuration file, folder for the result."""
     entry, kind, config_file, folder = sys.argv[1:]
     threading.Thread(target=end_with_parent, daemon=True).start()
-    status = _work(entry, kind, Path(config_file), Path(folder))
+    try:
+        status = _work(entry, kind, Path(config_file), Path(folder))
+    except OSError as error:  # of this folder: not even a note can be left there
+        print(f"{disk_refuses(folder, error)}", file=sys.stderr)
+        status = REFUSED
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -47,9 +54,9 @@ def _work(entry: str, kind: str, config_file: Path, folder: Path) -> int:
     if os.environ.get("LOCAL_RANK", rank) == "0":
         progress = folder / "progress"
         with (folder / STARTS).open("a") as starts:
-            starts.write(f"{progress.read_text() if progress.exists() else 0}\n")
+            found = progress.read_text() if progress.exists() else 0
+            starts.write(f"{found} {os.environ.get('WORLD_SIZE', '1')}\n")
     open_log = partial(JournalLog, progress=progress)
-    (folder / f"fault-{rank}.json").unlink(missing_ok=True)  # of an earlier start
     try:
         config = read_config(kind, config_file)
         with worker_context(stopping=_stop_on_signals(), open_log=open_log) as context:
@@ -61,21 +68,37 @@ def _work(entry: str, kind: str, config_file: Path, folder: Path) -> int:
         print(str(error), file=sys.stderr)
         return STOPPED
     except PipelineError as error:
-        report = {"kind": type(error).__name__, "message": str(error)}
-        write_json(folder / f"error-{rank}.json", report)
+        _leave_error(folder, rank, error)
         return FINAL
     except LostPeerError:
         time.sleep(_LET_THE_OTHER_SPEAK_SECONDS)
         return LOST_PEER
     except FaultError as error:
-        write_json(folder / f"fault-{rank}.json", {"message": str(error)})
+        leave_note(folder, rank, str(error))
         return FAULT
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _REFUSALS:
+            _leave_error(folder, rank, disk_refuses(error.filename or folder, error))
+            return FINAL
         traceback.print_exc()
         words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        write_json(folder / f"fault-{rank}.json", {"message": words})
+        leave_note(folder, rank, words)
         return BUG
     return 0
+
+
+def _leave_error(folder: Path, rank: str, error: PipelineError) -> None:
+    report = {"kind": type(error).__name__, "message": str(error)}
+    write_json(folder / f"error-{rank}.json", report)
+
+
+def disk_refuses(place: object, error: OSError | None = None) -> StorageError:
+    """The error of a disk that is full or takes no writing."""
+    why = "the disk refuses" if error is None else error.strerror
+    return StorageError(
+        f"cannot write into {place}: {why}. Free some space or mend the disk, then run the same "
+        "command again: it resumes from the last checkpoint."
+    )
 
 
 def read_config(kind: str, config_file: Path) -> Section:

@@ -19,6 +19,7 @@ from pipeline.core.files import MANIFEST, new_folder, read_json, sha256_file, ve
 _KEPT = 2
 _STEP = re.compile(r"step-\d{8,}")
 _TENSORS, _STATE = "tensors.safetensors", "state.json"
+_FINISHED = ".finished"
 
 
 class Checkpoint(NamedTuple):
@@ -124,6 +125,17 @@ def _name(step: Any) -> str:
 def clear_checkpoints(folder: Path) -> None:
     """Remove all checkpoints of a finished run."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def mark_finished(folder: Path) -> None:
+    """The run has come to its end; its last checkpoint stays until somebody else's run begins."""
+    if folder.is_dir():
+        (folder / _FINISHED).touch()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run of these checkpoints came to its end."""
+    return (folder / _FINISHED).exists()
 
 
 def check_checkpoint(path: Path, run: str, name: str) -> None:

@@ -9,143 +9,27 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
-from pipeline.core.errors import ArtefactError, ConfigError, StorageError
-from pipeline.core.files import MANIFEST, fsync_folder, verify
+from pipeline.core.errors import ArtefactError, StorageError
+from pipeline.core.files import verify
 from pipeline.runtime.checkpoint import (
     check_checkpoint,
     checkpoint_folders,
-    clear_checkpoints,
+    is_finished,
     newest_step,
 )
+from pipeline.runtime.storage import Storage, storage_from_environment
 
 KEPT = 2
 _POLL_SECONDS = 0.5
 _LONGEST_BACKOFF = 15.0
 _FLUSH_SECONDS = 20.0
-
-
-class Storage:
-    """One place in an object store (or on a mounted disk): folders by name, whole or absent.
-
-    A folder's manifest is uploaded last and removed first, so one that has a manifest is whole.
-    """
-
-    def __init__(self, uri: str) -> None:
-        """Nothing is asked of the store yet.
-
-        Raises:
-            ConfigError: no such kind of address.
-        """
-        import pyarrow as pa
-        from pyarrow import fs
-
-        self.uri = uri.rstrip("/")
-        try:
-            if uri.startswith("s3://"):
-                self.filesystem, self.base = _s3(fs), uri.removeprefix("s3://").rstrip("/")
-            else:
-                self.filesystem, self.base = fs.FileSystem.from_uri(self.uri)
-            if not self.base.strip("/"):
-                raise OSError("it names no place")
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ConfigError(
-                f"METALOOM_STORAGE is {uri!r}: {error}. Set it to s3://bucket/path or file:///path."
-            ) from None
-
-    def names(self, under: str) -> list[str]:
-        """Whole folders directly below a path, sorted."""
-        from pyarrow import fs
-
-        selector = fs.FileSelector(f"{self.base}/{under}", recursive=True, allow_not_found=True)
-        found = self.filesystem.get_file_info(selector)
-        return sorted(
-            PurePosixPath(i.path).parent.name
-            for i in found
-            if PurePosixPath(i.path).name == MANIFEST
-        )
-
-    def put(self, folder: Path, name: str) -> None:
-        """Upload a sealed folder; if it is there already, by its manifest, it is left as it is."""
-        target = f"{self.base}/{name}"
-        there = self._manifest(name)
-        if there == (folder / MANIFEST).read_bytes():
-            return
-        if there is not None:  # torn, or another's
-            self.remove(name)
-        self.filesystem.create_dir(target, recursive=True)
-        files = sorted(p for p in folder.rglob("*") if p.is_file())
-        for path in sorted(files, key=lambda p: p.name == MANIFEST):
-            relative = path.relative_to(folder)
-            if relative.parent != Path("."):
-                self.filesystem.create_dir(f"{target}/{relative.parent.as_posix()}", recursive=True)
-            with (
-                path.open("rb") as source,
-                self.filesystem.open_output_stream(f"{target}/{relative.as_posix()}") as sink,
-            ):
-                shutil.copyfileobj(source, sink, 2**20)
-
-    def _manifest(self, name: str) -> bytes | None:
-        from pyarrow import fs
-
-        path = f"{self.base}/{name}/{MANIFEST}"
-        if self.filesystem.get_file_info(path).type != fs.FileType.File:
-            return None
-        with self.filesystem.open_input_stream(path) as source:
-            content: bytes = source.read()
-            return content
-
-    def get(self, name: str, target: Path, check: Callable[[Path], object] = verify) -> None:
-        """Download a folder, check every byte, and put it in place.
-
-        Args:
-            check: of the downloaded folder, before it is in its place.
-
-        Raises:
-            ArtefactError: it is not what was uploaded.
-        """
-        from pyarrow import fs
-
-        target.parent.mkdir(parents=True, exist_ok=True)
-        base = f"{self.base}/{name}"
-        scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.fetched-"))
-        try:
-            os.chmod(scratch, 0o755)
-            for info in self.filesystem.get_file_info(fs.FileSelector(base, recursive=True)):
-                if info.type != fs.FileType.File:
-                    continue
-                path = scratch / PurePosixPath(info.path).relative_to(base)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with (
-                    self.filesystem.open_input_stream(info.path) as source,
-                    path.open("wb") as sink,
-                ):
-                    shutil.copyfileobj(source, sink, 2**20)
-                    sink.flush()
-                    os.fsync(sink.fileno())
-            check(scratch)
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(scratch, target)
-            fsync_folder(target.parent)
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    def remove(self, name: str) -> None:
-        """Remove a folder, its manifest first."""
-        base = f"{self.base}/{name}"
-        self.filesystem.delete_file(f"{base}/{MANIFEST}")
-        self.filesystem.delete_dir(base)
-
-
-def storage_from_environment() -> Storage | None:
-    """The place that METALOOM_STORAGE names, if it is set."""
-    uri = os.environ.get("METALOOM_STORAGE", "")
-    return Storage(uri) if uri else None
+# Of a copy that is being uploaded; the trainer tidies up names that begin with `step-` or `.step-`.
+_COPY = ".mirror-"
 
 
 class Mirror:
@@ -158,19 +42,20 @@ class Mirror:
     def __init__(self, folder: Path, storage: Storage) -> None:
         self._folder, self._storage = folder, storage
         self._ending = threading.Event()
-        self._uploaded = -1
+        self._uploaded = 0
         self._thread = threading.Thread(target=self._run, daemon=True, name="mirror")
 
     def fetch_newer(self, step: int) -> None:
         """Bring the store's newest checkpoint here if it is newer than this step.
 
         Raises:
-            StorageError: the store does not answer, so nobody knows whether it holds a newer one.
+            StorageError: the store does not answer, so nobody knows whether it holds a newer one;
+                or the disk of this machine cannot hold it.
         """
         under = f"checkpoints/{self._folder.name}"
         try:
-            for name in reversed(self._stored()):
-                if int(name.removeprefix("step-")) <= step:
+            for name in reversed([name for name, whole in self._stored().items() if whole]):
+                if _step(name) <= step:
                     return
                 check = partial(check_checkpoint, run=self._folder.name, name=name)
                 try:
@@ -197,6 +82,8 @@ class Mirror:
 
     def start(self) -> None:
         """Begin to upload."""
+        for left in self._folder.glob(f"{_COPY}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         self._thread.start()
 
     def close(self, *, flush: bool = True) -> None:
@@ -228,8 +115,7 @@ class Mirror:
                 if ending:
                     return
             except OSError as error:
-                # A folder that is not there was replaced by a newer checkpoint meanwhile.
-                if not warned and not isinstance(error, FileNotFoundError):
+                if not warned:
                     print(
                         f"warning: {self._storage.uri} takes no checkpoint ({_first_line(error)}); "
                         "training goes on.",
@@ -243,39 +129,68 @@ class Mirror:
                 self._ending.wait(backoff)
 
     def upload(self) -> int:
-        """Upload the newest checkpoint if the store lacks it; returns its step, -1 for none."""
-        newest = newest_step(self._folder)
-        if newest > self._uploaded and newest > 0:
-            under = f"checkpoints/{self._folder.name}"
-            folder = checkpoint_folders(self._folder)[0]
-            self._storage.put(folder, f"{under}/{folder.name}")
-            for old in self._stored()[:-KEPT]:
-                self._storage.remove(f"{under}/{old}")
-            self._uploaded = newest
+        """Upload the newest checkpoint if the store lacks it; returns its step, 0 for none."""
+        while found := checkpoint_folders(self._folder):
+            name, step = found[0].name, _step(found[0].name)
+            if step <= self._uploaded:
+                break
+            with _out_of_reach(found[0]) as folder:
+                if folder is None:
+                    continue
+                self._storage.put(folder, f"checkpoints/{self._folder.name}/{name}")
+            self._prune(step)
+            self._uploaded = step
+            break
         return self._uploaded
 
-    def _stored(self) -> list[str]:
-        """Whole checkpoints of this run in the store, the oldest first."""
-        names = self._storage.names(f"checkpoints/{self._folder.name}")
-        return [name for name in names if re.fullmatch(r"step-\d{8,}", name)]
+    def _prune(self, uploaded: int) -> None:
+        """Keep the newest whole ones; a newer torn one may be what another machine is writing."""
+        stored = self._stored()
+        kept = [name for name, whole in stored.items() if whole][-KEPT:]
+        for name, whole in stored.items():
+            if name not in kept and (whole or _step(name) < uploaded):
+                self._storage.remove(f"checkpoints/{self._folder.name}/{name}")
+
+    def _stored(self) -> dict[str, bool]:
+        """Checkpoints of this run in the store, the oldest first, and whether each is whole."""
+        folders = self._storage.folders(f"checkpoints/{self._folder.name}")
+        return {
+            name: whole for name, whole in folders.items() if re.fullmatch(r"step-\d{8,}", name)
+        }
 
 
-def _s3(fs: Any) -> Any:
-    """The environment's credentials and endpoint, and waits that end in seconds, not minutes."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    scheme, _, host = (endpoint or "").rpartition("://")
-    return fs.S3FileSystem(
-        # Said outright, they travel with the object to processes that lack the environment.
-        access_key=os.environ.get("AWS_ACCESS_KEY_ID"),
-        secret_key=os.environ.get("AWS_SECRET_ACCESS_KEY"),
-        session_token=os.environ.get("AWS_SESSION_TOKEN"),
-        endpoint_override=host or None,
-        scheme=scheme or "https",
-        region=os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
-        connect_timeout=3,
-        request_timeout=10,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=2),
-    )
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-"))
+
+
+@contextmanager
+def _out_of_reach(source: Path) -> Iterator[Path | None]:
+    """A checkpoint under a name of our own: an upload may outlast the trainer's wish to keep it.
+
+    None if it is gone already; the checkpoint itself where the disk takes no copy.
+    """
+    with ExitStack() as stack:
+        found: Path | None
+        try:
+            scratch = tempfile.TemporaryDirectory(
+                dir=source.parent, prefix=_COPY, ignore_cleanup_errors=True
+            )
+            found = Path(stack.enter_context(scratch))
+            for path in source.iterdir():
+                _link(path, found / path.name)
+            verify(found, later="*")
+        except (OSError, ArtefactError):
+            stack.close()  # the room of half a copy, too
+            found = source if source.exists() else None
+        yield found
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file that nobody writes to any more, or a copy where there are none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _first_line(error: Exception) -> str:
@@ -294,7 +209,7 @@ def upload_checkpoints(root: Path) -> list[str]:
     storage = storage_from_environment()
     if storage is None:
         return []
-    folders = [p for p in sorted(root.glob("*")) if newest_step(p) > 0]
+    folders = [p for p in sorted(root.glob("*")) if newest_step(p) > 0 and not is_finished(p)]
     try:
         for folder in folders:
             Mirror(folder, storage).upload()
@@ -306,9 +221,8 @@ def upload_checkpoints(root: Path) -> list[str]:
     return [folder.name for folder in folders]
 
 
-def clear_everywhere(folder: Path) -> None:
-    """Remove the checkpoints of a finished run, here and in the object store."""
-    clear_checkpoints(folder)
+def clear_stored(folder: Path) -> None:
+    """Remove the checkpoints of a finished run from the object store."""
     storage = storage_from_environment()
     if storage is None:
         return
@@ -316,6 +230,7 @@ def clear_everywhere(folder: Path) -> None:
     try:
         for name in storage.names(under):
             storage.remove(f"{under}/{name}")
+        storage.remove(under)
     except OSError as error:
         print(
             f"warning: {storage.uri}/{under} could not be removed ({_first_line(error)}); the run "

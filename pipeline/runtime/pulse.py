@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import sys
@@ -12,6 +13,7 @@ from torch.distributed.distributed_c10d import Store
 
 _POLL_SECONDS = 0.25
 _PATIENCE_SECONDS = 1.0
+_STORE_PATIENCE_SECONDS = 3.0
 
 
 class Pulse:
@@ -19,7 +21,8 @@ class Pulse:
 
     A process that is stopped, or whose machine is gone, does not answer. One that lives answers
     with the step that it is at, so that the one which everybody waits for is known; and it writes
-    the stacks of its threads to its log.
+    the stacks of its threads to its log. The first worker may hold the store in its own process:
+    then nobody is answered when it is stopped.
     """
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
@@ -37,9 +40,21 @@ class Pulse:
         self._thread.join(2 * _POLL_SECONDS)
 
     def roll_call(self) -> str:
-        """Who does not answer, and else who is behind; in words."""
-        self._store.set("roll-call", str(self._rank))
+        """Who does not answer, and else who is behind; soon, whatever the store does."""
+        found: list[str] = []
+
+        def call() -> None:
+            with contextlib.suppress(RuntimeError):  # the store's host has gone
+                found.append(self._call())
+
+        caller = threading.Thread(target=call, daemon=True, name="roll call")
+        caller.start()
+        caller.join(_STORE_PATIENCE_SECONDS)
+        return found[0] if found else "worker 0 does not answer: stopped, or the machine is gone"
+
+    def _call(self) -> str:
         self._answer()
+        self._store.set("roll-call", str(self._rank))
         keys = {rank: f"here-{rank}" for rank in range(self._world_size)}
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not self._store.check(list(keys.values())) and time.monotonic() < deadline:
@@ -67,8 +82,8 @@ class Pulse:
 
     def _answer(self) -> None:
         if self._answered.acquire(blocking=False):
-            self._store.set(f"here-{self._rank}", json.dumps(self.step))
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+            self._store.set(f"here-{self._rank}", json.dumps(self.step))
 
 
 def _workers(ranks: list[int]) -> str:

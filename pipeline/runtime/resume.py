@@ -31,7 +31,8 @@ from pipeline.runtime.checkpoint import (
 from pipeline.runtime.collectives import barrier, broadcast_bytes, gather_shares
 from pipeline.runtime.context import Context
 from pipeline.runtime.logs import say
-from pipeline.runtime.mirror import Mirror, storage_from_environment
+from pipeline.runtime.mirror import Mirror
+from pipeline.runtime.storage import storage_from_environment
 
 _SLOW_SECONDS = 1.0
 _STATE = "state"
@@ -67,6 +68,7 @@ class Keeper:
         if self._mirror is not None:
             self._mirror.fetch_newer(newest_step(self._folder))
             self._mirror.start()
+        self._context.wait_for_main("download")
         barrier()
         own = [newest_step(self._folder), newest_digest(self._folder)]
         row = torch.tensor([own], device=self._context.device)

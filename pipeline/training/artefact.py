@@ -10,8 +10,11 @@ from typing import Any
 
 from pipeline.core.files import canonical_json, new_folder, write_json
 from pipeline.engine.learner import Learner, save_learner
+from pipeline.runtime.checkpoint import clear_checkpoints, is_finished, mark_finished
 from pipeline.runtime.context import Context, fingerprint
 from pipeline.runtime.lineage import code_hash, code_root, content_hash
+from pipeline.runtime.logs import say
+from pipeline.runtime.mirror import clear_stored
 from pipeline.training.state import Best, TrainState
 
 _CHECKPOINTS = Path(".metaloom/checkpoints")
@@ -30,6 +33,28 @@ def run_folder(name: str, config: dict[str, Any], inputs: Sequence[Path]) -> Pat
     }
     digest = hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
     return _CHECKPOINTS / f"{name}-{digest}"
+
+
+def begin_run(name: str, config: dict[str, Any], inputs: Sequence[Path]) -> Path:
+    """The run's folder of checkpoints; those of finished runs of this name go, if they are others.
+
+    One that finished and is asked for again was killed before its result was recorded, or its
+    result was lost: it is made again from the last checkpoint.
+    """
+    folder = run_folder(name, config, inputs)
+    for other in folder.parent.glob(f"{name}-*"):
+        if other != folder and is_finished(other):
+            clear_checkpoints(other)
+    if is_finished(folder):
+        say("finished before", why=f"only its result is made; remove {folder} to train it anew")
+    return folder
+
+
+def finish_run(folder: Path) -> None:
+    """The result is there, but whoever asked for it has still to record it: keep the last
+    checkpoint of this machine until another run begins."""
+    mark_finished(folder)
+    clear_stored(folder)
 
 
 def best_of(state: TrainState) -> Best:

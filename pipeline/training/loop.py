@@ -150,6 +150,7 @@ def optimise(
                     recent = []
                 if stopping:
                     break
+    context.wait_for_main("last upload")
     barrier()
     log.close()
     if stopping and state.progress.step < config.num_steps and state.progress.stopped is None:

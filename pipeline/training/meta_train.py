@@ -22,13 +22,12 @@ from pipeline.launch.table import launch
 from pipeline.runtime.agreement import check_same_inputs
 from pipeline.runtime.context import Context
 from pipeline.runtime.lineage import content_hash
-from pipeline.runtime.mirror import clear_everywhere
 from pipeline.runtime.resume import drop_copies
 from pipeline.store.reader import Store, open_store
 from pipeline.tasks.frozen import read_episodes
 from pipeline.tasks.plan import TrainingStream, read_training_stream
 from pipeline.tasks.stream import TrainStream, train_stream
-from pipeline.training.artefact import best_of, leave_learner, run_folder
+from pipeline.training.artefact import begin_run, best_of, finish_run, leave_learner
 from pipeline.training.augment import AugmentConfig
 from pipeline.training.incidents import Incidents
 from pipeline.training.loop import OuterConfig, Validate, optimise
@@ -88,7 +87,7 @@ def meta_train(
 ) -> dict[str, Any]:
     """Meta-train the best candidate on all workers; leave a sealed learner; return its metrics."""
     chosen = pretrained / choose_candidate(pretrained, candidates)
-    checkpoints = run_folder("meta_train", config.model_dump(mode="json"), [store, tasks, chosen])
+    checkpoints = begin_run("meta_train", config.model_dump(mode="json"), [store, tasks, chosen])
     job = MetaTrainJob(
         config=config,
         store=store,
@@ -101,7 +100,7 @@ def meta_train(
     metrics: dict[str, Any] = launch(
         "pipeline.training.meta_train:run", job, most=config.num_groups, outputs=[target]
     )
-    clear_everywhere(checkpoints)
+    finish_run(checkpoints)
     return metrics
 
 

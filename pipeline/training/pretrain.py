@@ -20,11 +20,10 @@ from pipeline.launch.table import launch
 from pipeline.runtime.agreement import check_same_inputs
 from pipeline.runtime.context import Context
 from pipeline.runtime.lineage import content_hash
-from pipeline.runtime.mirror import clear_everywhere
 from pipeline.runtime.resume import drop_copies
 from pipeline.store.reader import Store, open_store
 from pipeline.tasks.frozen import read_episodes
-from pipeline.training.artefact import best_of, leave_learner, run_folder
+from pipeline.training.artefact import begin_run, best_of, finish_run, leave_learner
 from pipeline.training.augment import AugmentConfig
 from pipeline.training.incidents import Incidents
 from pipeline.training.loop import OuterConfig, optimise
@@ -83,7 +82,7 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train one candidate on all workers and leave a sealed learner folder; returns its metrics."""
     identity = {"config": config.model_dump(mode="json"), "candidate": candidate}
-    checkpoints = run_folder(f"pretrain-{candidate}", identity, [store, tasks])
+    checkpoints = begin_run(f"pretrain-{candidate}", identity, [store, tasks])
     job = PretrainJob(
         config=config,
         candidate=candidate,
@@ -96,7 +95,7 @@ def pretrain(
     metrics: dict[str, Any] = launch(
         "pipeline.training.pretrain:run", job, most=config.num_groups, outputs=[target]
     )
-    clear_everywhere(checkpoints)
+    finish_run(checkpoints)
     return metrics
 
 

@@ -114,8 +114,10 @@ class Disturbed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def wait_until_it_goes_on(self, before: list[int]) -> tuple[int, float]:
+    def wait_until_it_goes_on(self, before: list[int]) -> tuple[int | None, float]:
         """After a disturbance: (steps lost, seconds until the next step was logged).
+
+        No number of lost steps where there was none left to be done.
 
         Args:
             before: the steps that had been logged since the last start, and maybe some more since.
@@ -124,7 +126,7 @@ class Disturbed:
         reached = max([*before, *self.steps(), self.kept()])
         self._mark()
         if not self.wait_for_steps(1):
-            return 0, time.monotonic() - begin
+            return None, time.monotonic() - begin
         return reached - (self.steps()[0] - 1), time.monotonic() - begin
 
     def _mark(self) -> None:
@@ -218,5 +220,7 @@ def kill_worker(run: Disturbed, rng: random.Random, rank: int | None) -> Try | N
         time.sleep(0.01)
     noticed = time.monotonic() - begin
     lost, _ = run.wait_until_it_goes_on(before)
+    if lost is None:
+        return None
     seconds = time.monotonic() - begin
     return Try(len(before), survived=True, steps_lost=lost, seconds=seconds, noticed=noticed)

@@ -6,6 +6,7 @@ goes when the program ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -17,12 +18,15 @@ from typing import Any
 
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_json, verify, write_json
+from pipeline.launch.base import Job
+from pipeline.launch.local import launch_local
 from pipeline.runtime.checkpoint import load_checkpoint
 from pipeline.runtime.context import SINGLE
 from pipeline.runtime.journal import read_points
 from pipeline.runtime.logs import run_main
 from pipeline.store.reader import open_store
 from pipeline.training.meta_train import MetaTrainJob, run
+from tests.distributed.small_run import CHECKPOINT_EVERY, digest, make_job
 from tests.unit.test_store_integrity import small_store
 
 DISK_BYTES = 16 << 20
@@ -81,17 +85,43 @@ def _last_step(job: MetaTrainJob) -> int:
 def _fill(job: MetaTrainJob, at_step: int, left_bytes: int) -> None:
     while _last_step(job) < at_step:
         time.sleep(0.002)
-    chunk = 64 << 10
-    with (job.checkpoints / "filler").open("wb") as file:
+    chunk = 64 << 10 if left_bytes else 4 << 10
+    with (job.checkpoints / "filler").open("wb", buffering=0) as file:
         while shutil.disk_usage(job.checkpoints).free > max(left_bytes, chunk):
             file.write(bytes(chunk))
-            file.flush()
+        with contextlib.suppress(OSError):
+            while not left_bytes:
+                file.write(bytes(chunk))
 
 
 def train(job_file: Path) -> None:
     """As a stage does it: an error ends the process with its own status."""
     job = MetaTrainJob.model_validate_json(job_file.read_text())
     run_main(lambda: run(job, SINGLE) and None)
+
+
+def launch(job_file: Path, folder: Path) -> None:
+    """The same with workers of their own."""
+    job = MetaTrainJob.model_validate_json(job_file.read_text())
+    whole = Job("pipeline.training.meta_train:run", job, 2, max_restarts=3)
+    run_main(lambda: launch_local(whole, folder) and None)
+
+
+def launch_where_all_is_full(folder: Path, store: Path, tasks: Path, result: Path) -> None:
+    """Checkpoints, journal and the launcher's own files on one disk; it fills to its last byte."""
+    mount(folder, f"size={DISK_BYTES // 2}")
+    job = make_job(folder / "run", open_store(store), tasks, num_steps=400)
+    job_file = folder / "job.json"
+    job_file.write_text(job.model_dump_json())
+    filler = threading.Thread(target=_fill, args=(job, 2 * CHECKPOINT_EVERY, 0), daemon=True)
+    filler.start()
+    launched = _child("launch", job_file, folder / "launch")
+    found = {"status": launched.returncode, "said": launched.stderr, "reached": _last_step(job)}
+    saved = load_checkpoint(job.checkpoints)
+    found["checkpoint"] = saved and saved.state["progress"]["step"]
+    (job.checkpoints / "filler").unlink()
+    found["second_status"] = _child("launch", job_file, folder / "launch").returncode
+    write_json(result, {**found, "digest": digest(job)})
 
 
 def read_only(job_file: Path, folder: Path, result: Path) -> None:
@@ -148,6 +178,10 @@ def main() -> None:
     name, *arguments = sys.argv[1:]
     if name == "train":
         train(Path(arguments[0]))
+    elif name == "launch":
+        launch(*map(Path, arguments))
+    elif name == "all-full":
+        launch_where_all_is_full(*map(Path, arguments))
     elif name == "filling":
         job_file, at_step, left_bytes, result = arguments
         train_on_a_filling_disk(Path(job_file), int(at_step), int(left_bytes), Path(result))

@@ -70,6 +70,26 @@ def test_a_disk_that_fills_while_training(
     assert max(t.steps_lost or 0 for t in record.tries) <= CHECKPOINT_EVERY
 
 
+def test_a_disk_that_is_full_for_the_launcher_too(
+    blob_store: Store, blob_tasks: Path, tmp_path: Path, campaign: Callable[[str], Campaign]
+) -> None:
+    """Not even the workers' last words can be left; still the right status, and no traceback."""
+    record = campaign("the disk of everything fills while training")
+    undisturbed = make_job(tmp_path / "undisturbed", blob_store, blob_tasks, num_steps=400)
+    train(undisturbed, SINGLE)
+    for number in range(tries(1, 5)):
+        found_file = tmp_path / f"found-{number}.json"
+        run("all-full", tmp_path / f"disk-{number}", blob_store.folder, blob_tasks, found_file)
+        found = read_json(found_file)
+        told = "cannot write" in found["said"] and "Free some space" in found["said"]
+        clean = found["status"] == StorageError.status and "Traceback" not in found["said"]
+        whole = found["checkpoint"] is not None and found["checkpoint"] >= CHECKPOINT_EVERY
+        same = found["second_status"] == 0 and found["digest"] == list(digest(undisturbed))
+        lost = found["reached"] - (found["checkpoint"] or 0)
+        record.add(Try(found["reached"], told and clean and whole, same, lost))
+        assert told and clean, found["said"]
+
+
 def test_a_disk_that_becomes_read_only(
     undisturbed: MetaTrainJob, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:

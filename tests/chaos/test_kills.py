@@ -27,6 +27,7 @@ from tests.chaos.disturbed import (
 )
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(7200)]
+torchrun_by_night = pytest.param("torchrun", marks=pytest.mark.slow)
 ray_by_night = pytest.param("ray_train", marks=pytest.mark.slow)
 
 KILL_EVERY_SECONDS = 180.0
@@ -68,7 +69,7 @@ def begin(
         ("local", "a worker"),
         ("local", "rank 0"),
         ("torchrun", "a worker"),
-        ("torchrun", "rank 0"),
+        pytest.param("torchrun", "rank 0", marks=pytest.mark.slow),
         ("ray_train", "a worker"),
         pytest.param("ray_train", "rank 0", marks=pytest.mark.slow),
     ],
@@ -127,7 +128,7 @@ def test_the_same_command_again_after_the_driver_or_the_node_was_killed(
     """
     found = campaign(f"kill -9 of {victim}, {launcher}")
     found.most_lost = CHECKPOINT_EVERY
-    wanted = tries(ci=3, full=15) if launcher == "local" else tries(ci=2, full=5)
+    wanted = tries(ci=2, full=15) if launcher == "local" else tries(ci=2, full=5)
     expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     rng, sizes = random.Random(victim), [2, 3, 4] if launcher == "local" else [2, 3, 1]
 
@@ -144,12 +145,14 @@ def test_the_same_command_again_after_the_driver_or_the_node_was_killed(
         before = run.steps()
         run.start(sizes[len(before) % 3])
         lost, seconds = run.wait_until_it_goes_on(before)
+        if lost is None:
+            return None
         return Try(progress=len(before), survived=True, steps_lost=lost, seconds=seconds)
 
     disturb(found, wanted, lambda name: begin(name, 2 + 2 * (launcher == "local")), kill, expected)
 
 
-@pytest.mark.parametrize("launcher", ["local", "torchrun", ray_by_night])
+@pytest.mark.parametrize("launcher", ["local", torchrun_by_night, ray_by_night])
 def test_sigterm_loses_nothing(
     launcher: str,
     begin: Begin,
@@ -160,7 +163,7 @@ def test_sigterm_loses_nothing(
 ) -> None:
     found = campaign(f"SIGTERM, {launcher}")
     found.most_lost = 0
-    wanted = tries(ci=3, full=30) if launcher == "local" else tries(ci=1, full=10)
+    wanted = tries(ci=2, full=30) if launcher == "local" else tries(ci=1, full=10)
     expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     rng = random.Random(launcher)
 
@@ -187,7 +190,7 @@ def test_sigterm_loses_nothing(
     disturb(found, wanted, lambda name: begin(name, 2), stop, expected)
 
 
-@pytest.mark.parametrize("launcher", ["local", ray_by_night])
+@pytest.mark.parametrize("launcher", ["local", torchrun_by_night, ray_by_night])
 def test_a_stopped_worker_is_named_and_the_run_goes_on(
     launcher: str,
     environment: dict[str, str],
@@ -203,14 +206,15 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on(
     timeout = 4.0
     environment["METALOOM_TIMEOUT_SECONDS"] = str(timeout)
     expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
-    rng = random.Random(11)
+    rng, stops = random.Random(11), list[int]()
 
     def stop(run: Disturbed) -> Try | None:
         if not run.wait_for_steps(rng.randint(1, 3 * CHECKPOINT_EVERY)):
             return None
         while not (workers := run.workers()):
             time.sleep(0.05)
-        rank = rng.choice(sorted(workers))
+        rank = rng.choice(sorted(workers)) if stops else 0  # who may hold the workers' store
+        stops.append(rank)
         before, told = run.steps(), len(run.restarts_told())
         stopped = time.monotonic()
         os.kill(workers[rank], signal.SIGSTOP)
@@ -221,15 +225,17 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on(
             time.sleep(0.02)
         detected = time.monotonic() - stopped
         named = re.search(r"worker (\d+) does not answer", run.restarts_told()[-1])
-        stacks = launcher != "local" or _stacks(run, len(workers)) >= set(workers) - {rank}
+        stacks = launcher == "ray_train" or _stacks(run, len(workers)) >= set(workers) - {rank}
         lost, _ = run.wait_until_it_goes_on(before)
+        if lost is None:
+            return None
         survived = named is not None and int(named[1]) == rank and stacks
         return Try(len(before), survived, steps_lost=lost, seconds=detected)
 
     def start(name: str) -> Disturbed:
         return begin(name, rng.choice([2, 3, 4]) if launcher == "local" else 2)
 
-    wanted = tries(ci=1, full=25) if launcher == "local" else tries(ci=1, full=5)
+    wanted = tries(ci=1, full=25) if launcher == "local" else tries(ci=1, full=6)
     disturb(found, wanted, start, stop, expected)
     late = max(t.seconds or 0.0 for t in found.tries) - timeout
     found.notes["most_seconds_behind_the_timeout"] = round(late, 3)
@@ -237,10 +243,14 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on(
 
 def _stacks(run: Disturbed, num_workers: int) -> set[int]:
     """The workers that have written their stacks: the main one into the driver's log."""
-    logs = {rank: run.folder / "launch" / f"worker-{rank}.log" for rank in range(1, num_workers)}
-    logs[0] = run.folder / "drive.log"
-    texts = {rank: log.read_text(errors="replace") for rank, log in logs.items() if log.exists()}
-    return {rank for rank, text in texts.items() if "Thread 0x" in text and "in optimise" in text}
+    launch = run.folder / "launch"
+    found = set()
+    for rank in range(num_workers):
+        logs = [launch / f"worker-{rank}.log", *launch.glob(f"logs/**/{rank}/stderr.log")]
+        logs = [log for log in logs if log.exists()] or [run.folder / "drive.log"]
+        text = " ".join(log.read_text(errors="replace") for log in logs)
+        found |= {rank} if "Thread 0x" in text and "in optimise" in text else set()
+    return found
 
 
 def test_without_checkpoints_the_campaign_fails(
@@ -254,5 +264,5 @@ def test_without_checkpoints_the_campaign_fails(
     before = run.steps()
     run.kill([run.workers()[0]])
     lost, _ = run.wait_until_it_goes_on(before)
-    assert lost > CHECKPOINT_EVERY
+    assert lost is not None and lost > CHECKPOINT_EVERY
     run.kill(run.tree())

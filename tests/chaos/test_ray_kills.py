@@ -52,6 +52,8 @@ def test_a_node_dies_and_another_comes(
         before = run.steps()
         ray_cluster.node.start()
         lost, seconds = run.wait_until_it_goes_on(before)
+        if lost is None:
+            return None
         return Try(len(before), survived=True, steps_lost=lost, seconds=seconds)
 
     disturb(found, tries(ci=1, full=5), begin, kill, expected)
@@ -100,6 +102,7 @@ def test_the_world_shrinks_and_grows_while_the_run_goes_on(
     small_cluster.node.kill()
     before = run.steps()
     lost, seconds = run.wait_until_it_goes_on(before)
+    assert lost is not None
     wait_for(2)
     monkeypatch.setenv(_CPUS, "1")
     small_cluster.node.start()
@@ -143,6 +146,7 @@ def test_a_node_is_preempted(
     ray_cluster.node.kill()
     ray_cluster.node.start()
     lost, _ = run.wait_until_it_goes_on(before)
+    assert lost is not None
     equal = run.end() == metrics and digest(run.job) == bits
     seconds = time.monotonic() - begin
     found.add(Try(len(before), survived=True, bits_equal=equal, steps_lost=lost, seconds=seconds))

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from infra.local.processes import members
 from infra.local.servers import Server
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, MachineError
 from pipeline.launch.base import Job
 from pipeline.runtime.journal import read_points
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import MetaTrainJob
-from tests.chaos.disturbed import ENTRY, long_job, undisturbed
-from tests.cluster.conftest import RayCluster
-from tests.contract.drive import drive, outcome, start
+from tests.chaos.disturbed import CHECKPOINT_EVERY, ENTRY, Disturbed, long_job, undisturbed
+from tests.cluster.conftest import RayCluster, needs
+from tests.contract.drive import REPOSITORY, drive, outcome, start
 from tests.distributed.small_run import digest
 
 pytestmark = pytest.mark.timeout(600)
@@ -123,6 +130,7 @@ def _ray_logs(cluster: RayCluster) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in paths if path.is_file()}
 
 
+@pytest.mark.slow
 def test_results_that_cannot_come_home_are_refused_by_a_clear_error(
     ray_cluster: RayCluster,
     blob_store: Store,
@@ -147,3 +155,120 @@ def test_a_node_without_the_folder_says_so(
     environment = {**ray_cluster.environment, "METALOOM_WORKSPACE": "/no/such/folder"}
     with pytest.raises(ConfigError, match="has no folder /no/such/folder.*METALOOM_WORKSPACE"):
         drive("ray_train", Job(ENTRY, job, 2), tmp_path / "drive", environment)
+
+
+@pytest.fixture
+def lone_head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A cluster of one node, which may die."""
+    needs("ray")
+    monkeypatch.setenv("METALOOM_CLUSTER_CPUS", "2")
+    with tempfile.TemporaryDirectory(prefix="metaloom-lone-") as folder:
+        head = Server(name="ray_head", cluster=Path(folder))
+        head.start()
+        yield head
+        head.kill()
+
+
+def _all(head: Server) -> None:
+    head.kill()
+
+
+def _state_alone(head: Server) -> None:
+    """The process that the others ask about each other; first the one that would end all then."""
+    (gcs,) = [p for p in members(head.record) if "gcs_server" in p.name()]
+    psutil.Process(head.record.pid).kill()
+    gcs.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill", [_all, _state_alone])
+def test_a_cluster_that_goes_away_is_one_clear_error(
+    kill: Callable[[Server], None],
+    lone_head: Server,
+    blob_store: Store,
+    blob_tasks: Path,
+    tmp_path: Path,
+) -> None:
+    """The driver neither waits for ever nor shows a traceback."""
+    job = long_job(tmp_path / "run", blob_store, blob_tasks, num_steps=100_000)
+    run = Disturbed(job, "ray_train", environment=lone_head.environment, max_restarts=3)
+    run.start(2)
+    assert run.wait_for_steps(2 * CHECKPOINT_EVERY)
+    kill(lone_head)
+    assert run.driver is not None and run.is_running()
+    run.driver.wait(timeout=120)
+    if kill is _state_alone:  # the driver gave up by itself, before Ray ended what was left of it
+        assert any("raylet" in p.name() for p in members(lone_head.record))
+    assert 0 < run.kept() < job.config.outer.num_steps
+    with pytest.raises(MachineError, match="cluster.*went away.*resumes from the last checkpoint"):
+        run.end()
+    assert "Traceback" not in run.log()
+
+
+LOCAL = """
+import json, os, sys
+from pathlib import Path
+
+import psutil
+from pipeline.core.ray_cluster import ray_cluster
+
+seen = []
+for _ in range(2):
+    with ray_cluster(show_workers=False) as ray:
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        answer = ray.get(ray.remote(lambda: 7).remote())
+        ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        sockets = [s for p in ours for s in p.net_connections("inet") if s.status == "LISTEN"]
+        listens = {p.name() for p in ours if p.net_connections("inet")}
+        seen.append([answer, token.stat().st_mode & 0o777, sorted(listens), token.read_text()])
+        addresses = sorted({s.laddr.ip for s in sockets})
+    seen[-1] += [addresses, token.exists(), "RAY_AUTH_TOKEN_PATH" in os.environ]
+print(json.dumps(seen))
+"""
+
+
+def _without_ray(home: Path) -> dict[str, str]:
+    """This process's environment as a user has it who never used Ray before."""
+    home.mkdir()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    return {**kept, "HOME": str(home), "PYTHONPATH": str(REPOSITORY)}
+
+
+def test_a_ray_of_our_own_is_closed_to_all_others(tmp_path: Path) -> None:
+    """Nothing listens beyond loopback; the token is ours, for us alone, and gone afterwards."""
+    needs("ray")
+    environment = _without_ray(tmp_path / "home")
+    done = subprocess.run(
+        [sys.executable, "-c", LOCAL], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for answer, mode, listens, token, addresses, left, known in json.loads(done.stdout):
+        assert (answer, mode, left, known) == (7, 0o600, False, False)
+        assert len(token) == 64 and {"gcs_server", "raylet"} <= set(listens)
+        assert set(addresses) == {"127.0.0.1", "::ffff:127.0.0.1"}
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+@pytest.mark.parametrize("told", ["nothing", "no such file", "another token"])
+def test_a_cluster_is_not_entered_without_its_token(
+    told: str, ray_cluster: RayCluster, tmp_path: Path
+) -> None:
+    """Not even tried where nothing is said of tokens; and no traceback."""
+    environment = _without_ray(tmp_path / "home")
+    names = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    environment |= {name: ray_cluster.environment[name] for name in names}
+    if told == "no such file":
+        environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "none")
+    if told == "another token":
+        environment["RAY_AUTH_TOKEN"] = "0" * 64
+    script = "from pipeline.core.ray_cluster import ray_cluster\n"
+    script += "from pipeline.core.errors import MachineError\n"
+    script += "try:\n    ray_cluster(show_workers=False).__enter__()\n"
+    script += "except MachineError as error:\n    print(error)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert "no Ray cluster could be used at" in done.stdout
+    assert told != "nothing" or "no authentication token was found" in done.stdout
+    assert "RAY_AUTH_TOKEN" in done.stdout and "RAY_AUTH_MODE=disabled" in done.stdout

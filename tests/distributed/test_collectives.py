@@ -26,7 +26,7 @@ def run(config: Sums, num_workers: int, folder: Path) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("num_groups", [8, 6])
+@pytest.mark.parametrize("num_groups", [pytest.param(8, marks=pytest.mark.slow), 6])
 def test_one_two_three_and_four_workers_sum_to_the_same_bits(
     num_groups: int, tmp_path: Path
 ) -> None:

@@ -60,6 +60,19 @@ def test_whatever_one_host_lost_another_has(tmp_path: Path) -> None:
     assert "step-00000020" in (tmp_path / "launch" / "worker-2.log").read_text()
 
 
+def test_of_the_same_step_with_other_bits_one_is_taken_by_all(tmp_path: Path) -> None:
+    """As when a host comes back that went on alone for a while, on other hardware."""
+    case = tmp_path / "case"
+    put(case, 0, 10)
+    other = {name: tensor + 1 for name, tensor in tensors(10).items()}
+    save_checkpoint(case / "1" / RUN, 10, other, values(10))
+    plan = Hosts(cases=[case], hosts=[0, 1], local_ranks=[0, 0])
+    (rows,) = launch_local(Job("tests.distributed.hosts:keep", plan, 2), tmp_path / "launch")
+    assert rows[0][:2] == rows[1][:2], "both go on from the same bits"
+    kept = [case / host / RUN / "step-00000010" / "tensors.safetensors" for host in "01"]
+    assert sha256_file(kept[0]) == sha256_file(kept[1])
+
+
 def test_hosts_that_share_a_folder_have_one_writer(tmp_path: Path) -> None:
     """By whatever path they see it."""
     case = tmp_path / "case"

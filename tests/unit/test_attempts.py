@@ -47,6 +47,26 @@ def test_a_run_that_gets_on_is_started_without_end(steps: list[int]) -> None:
     assert refused_at(found, 0) == (1 if len(found) > 1 else None), "0: never again"
 
 
+@given(
+    starts=st.lists(st.tuples(st.sampled_from([0, 20]), st.booleans()), min_size=1, max_size=40),
+    max_restarts=st.integers(0, 4),
+)
+def test_starts_for_which_nothing_had_failed_do_not_count(
+    starts: list[tuple[int, bool]], max_restarts: int
+) -> None:
+    """As if they had not been, but for the checkpoint that they found."""
+    attempts = Attempts()
+    in_a_row, failed, before = 0, 0, None
+    for place, (progress, counts) in enumerate(starts):
+        attempts = attempts.begin(progress, counts=counts)
+        counts = counts or place == 0
+        in_a_row = 1 if progress != before else in_a_row + counts
+        failed, before = failed + counts, progress
+        assert (attempts.progress, attempts.count, attempts.total) == (progress, in_a_row, failed)
+        if max_restarts == 0 and failed == 1 and in_a_row == 1:
+            attempts.check(max_restarts, "why")
+
+
 def test_the_refusal_names_the_cause_and_how_often_it_was_tried() -> None:
     with pytest.raises(TrainingError, match=r"^it broke\. Run .*\(4 starts from step 40\)\.$"):
         Attempts(40, 5).check(3, "it broke.")

@@ -17,6 +17,7 @@ from pipeline.engine.meta_gradient import GroupGradient
 from pipeline.runtime.agreement import kinds_of_machines
 from pipeline.runtime.checkpoint import load_checkpoint
 from pipeline.runtime.context import SINGLE, fingerprint
+from pipeline.runtime.faults import DivergenceError
 from pipeline.training import loop, steps
 from pipeline.training.adam import adam_step, zero_moments
 from pipeline.training.feed import Key
@@ -322,3 +323,17 @@ def test_a_run_that_goes_on_elsewhere_says_so_and_keeps_it(
     assert state.progress.machines == [[0, "a"], [10, "b"], [30, own]]
     assert f"a from step 0, b from step 10, {own} from step 30" in capfd.readouterr().err
     assert kinds_of_machines(SINGLE) == own
+
+
+def test_a_worker_that_disagrees_is_not_blamed_on_the_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is left out, or the run stopped, the workers are compared."""
+
+    def disagree(tensors: Any, step: int, context: Any) -> None:
+        if step == 33:
+            raise DivergenceError("worker 1 held other parameters")
+
+    monkeypatch.setattr(loop, "check_agreement", disagree)
+    with pytest.raises(DivergenceError):
+        train(tmp_path, Quadratic({(33, 1): float("nan")}))

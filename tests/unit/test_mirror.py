@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import shutil
@@ -10,8 +11,11 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,10 +23,16 @@ import torch
 from pipeline.core.errors import ConfigError, StorageError, TrainingError
 from pipeline.core.files import MANIFEST, new_folder, sha256_file, verify
 from pipeline.runtime import mirror
-from pipeline.runtime.checkpoint import load_checkpoint, newest_step, save_checkpoint
+from pipeline.runtime.checkpoint import (
+    load_checkpoint,
+    newest_step,
+    save_checkpoint,
+    tidy_checkpoints,
+)
 from pipeline.runtime.context import SINGLE
-from pipeline.runtime.mirror import Mirror, Storage
+from pipeline.runtime.mirror import Mirror
 from pipeline.runtime.resume import Keeper
+from pipeline.runtime.storage import Storage
 from tests.unit.quadratic import Quadratic
 from tests.unit.test_loop_guards import train
 
@@ -242,7 +252,7 @@ UPLOADER = textwrap.dedent(
     """
     import sys
     from pathlib import Path
-    from pipeline.runtime.mirror import Storage
+    from pipeline.runtime.storage import Storage
     storage, folder = Storage(sys.argv[1]), Path(sys.argv[2])
     print("begin", flush=True)
     storage.put(folder, sys.argv[3])
@@ -318,11 +328,286 @@ def test_an_address_of_no_place_is_a_clear_error(address: str) -> None:
         Storage(address)
 
 
-def test_the_checkpoints_of_a_finished_run_go_from_the_store_too(
+class Interrupted:
+    """A store's real file system; something else happens whenever it is to take one more file."""
+
+    def __init__(self, filesystem: Any, happens: Callable[[], None]) -> None:
+        self.filesystem, self.happens = filesystem, happens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.filesystem, name)
+
+    def open_output_stream(self, path: str) -> Any:
+        self.happens()
+        return self.filesystem.open_output_stream(path)
+
+
+def test_a_store_slower_than_the_checkpoints_gets_newer_ones_all_the_same(
     remote: Path, tmp_path: Path
 ) -> None:
+    """Each of a checkpoint's three files takes it as long as the trainer takes for three more."""
+    folder, steps = tmp_path / "run", itertools.count(1)
+
+    def train_on() -> None:
+        for _ in range(3):
+            save(folder, next(steps))
+        tidy_checkpoints(folder)  # as another start of the run does
+
+    train_on()
+    storage = Storage(remote.as_uri())
+    storage.filesystem = Interrupted(storage.filesystem, train_on)
+    uploader = Mirror(folder, storage)
+    for upload in range(4):
+        newest = newest_step(folder)
+        assert uploader.upload() == newest == 3 + 9 * upload
+        assert len(kept_in(folder)) == 2 and newest_step(folder) == newest + 9
+        there = remote / "checkpoints" / "run" / f"step-{newest:08d}"
+        assert verify(there)["step"] == newest
+    assert len(kept_in(there.parent)) == 2
+    assert sorted(p.name for p in folder.iterdir()) == kept_in(folder), "nothing hidden is left"
+
+
+def test_the_mirror_keeps_up_beside_a_trainer_that_never_waits(
+    remote: Path, tmp_path: Path
+) -> None:
+    folder, trained = tmp_path / "run", threading.Event()
+
+    def wait_for_three() -> None:
+        third = newest_step(folder) + 3
+        while newest_step(folder) < third and not trained.is_set():
+            time.sleep(0.001)
+
+    storage, seen = Storage(remote.as_uri()), set()
+    storage.filesystem = Interrupted(storage.filesystem, wait_for_three)
+    uploader = Mirror(folder, storage)
+    uploader.start()
+    for step in range(1, 501):
+        save(folder, step)
+        seen.update(Storage(remote.as_uri()).names("checkpoints/run"))
+        if len(seen) >= 3:
+            break
+    trained.set()
+    uploader.close()
+    assert len(seen) >= 3, f"of {step} checkpoints {seen} arrived"
+    assert kept_in(remote / "checkpoints" / "run")[-1] == kept_in(folder)[-1]
+
+
+def test_a_checkpoint_that_goes_away_under_the_uploader_is_replaced_by_the_newer_at_once(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, link, links = tmp_path / "run", os.link, itertools.count()
+
+    def late(source: Path, target: Path) -> None:
+        if next(links) == 1:  # one file of three is safe
+            save(folder, 20)
+            save(folder, 30)
+        link(source, target)
+
+    save(folder, 10)
+    monkeypatch.setattr(mirror.os, "link", late)
+    assert Mirror(folder, Storage(remote.as_uri())).upload() == 30
+    assert next(links) == 5
+    assert kept_in(remote / "checkpoints" / "run") == ["step-00000030"]
+    assert sorted(p.name for p in folder.iterdir()) == kept_in(folder)
+
+
+HANGING = textwrap.dedent(
+    """
+    import sys, time
+    from pathlib import Path
+    from pipeline.runtime.mirror import Mirror
+    from pipeline.runtime.storage import Storage
+    from tests.unit.test_mirror import Interrupted
+
+    def hang():
+        print("begin", flush=True)
+        time.sleep(600)
+
+    storage = Storage(sys.argv[1])
+    storage.filesystem = Interrupted(storage.filesystem, hang)
+    Mirror(Path(sys.argv[2]), storage).upload()
+    """
+)
+
+
+def test_what_a_killed_uploader_left_is_not_a_checkpoint_and_goes_at_the_next_start(
+    remote: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    save(folder, 10)
+    command = [sys.executable, "-c", HANGING, remote.as_uri(), str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as uploader:
+        assert uploader.stdout is not None and uploader.stdout.readline() == "begin\n"
+        uploader.send_signal(signal.SIGKILL)
+    (left,) = folder.glob(".*")
+    assert verify(left)["step"] == 10
+    tidy_checkpoints(folder)
+    assert left.exists() and newest_step(folder) == 10
+    with Keeper(folder, SINGLE) as keeper:
+        assert keeper.resume() is not None
+        assert not left.exists()
+    assert kept_in(remote / "checkpoints" / "run") == ["step-00000010"]
+
+
+def tear(there: Path, *steps: int) -> None:
+    """What uploads leave that were cut off before the manifest."""
+    for step in steps:
+        (there / f"step-{step:08d}").mkdir()
+        (there / f"step-{step:08d}" / "tensors.safetensors").write_bytes(b"half")
+
+
+def test_torn_copies_go_with_the_old_ones_unless_they_are_newer(
+    remote: Path, tmp_path: Path
+) -> None:
+    """A newer one may be what another machine is uploading at this moment."""
+    there = filled(remote, tmp_path / "run", 10, 30)
+    tear(there, 5, 20, 35, 45)
+    filled(remote, tmp_path / "run", 40)
+    assert kept_in(there) == ["step-00000030", "step-00000040", "step-00000045"]
+
+
+def test_nothing_of_a_finished_run_stays_in_the_store(remote: Path, tmp_path: Path) -> None:
+    there = filled(remote, tmp_path / "run", 10, 20)
+    other = filled(remote, tmp_path / "run-2", 10)
+    tear(there, 15, 30)
+    mirror.clear_stored(tmp_path / "run")
+    assert not there.exists()
+    assert kept_in(other) == ["step-00000010"]
+    mirror.clear_stored(tmp_path / "run")
+
+
+def test_a_run_without_a_checkpoint_misses_none(
+    remote: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Keeper(tmp_path / "run", SINGLE) as keeper:
+        keeper.resume()
+    assert not capfd.readouterr().err
+
+
+@pytest.mark.parametrize("local", [0, 10])
+def test_a_store_that_falls_silent_in_the_middle_is_not_taken_for_the_disk(
+    local: int, remote: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The memory of a process can be opened as a file, but its first bytes cannot be read."""
+    victim = filled(remote, tmp_path / "before" / "run", 20) / "step-00000020/tensors.safetensors"
+    victim.unlink()
+    victim.symlink_to("/proc/self/mem")
+    uploader = Mirror(tmp_path / "run", Storage(remote.as_uri()))
+    if local:
+        save(tmp_path / "run", local)
+        uploader.fetch_newer(local)
+        assert "does not answer" in capfd.readouterr().err
+    else:
+        with pytest.raises(StorageError, match="does not answer"):
+            uploader.fetch_newer(0)
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+ON_A_DISK_OF_ITS_OWN = """
+import os, shutil, subprocess, sys
+from pathlib import Path
+from pipeline.core.errors import StorageError
+from pipeline.runtime.checkpoint import newest_step
+from pipeline.runtime.mirror import Mirror
+from pipeline.runtime.storage import Storage
+from tests.unit.test_mirror import Interrupted, save
+
+storage, folder = Storage(sys.argv[1]), Path(sys.argv[2])
+"""
+
+FETCH = """
+options, local = sys.argv[3], int(sys.argv[4])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder.parent], check=True)
+folder.mkdir()
+if local:
+    save(folder, local)
+subprocess.run(["mount", "-o", "remount," + options, folder.parent], check=True)
+try:
+    Mirror(folder, storage).fetch_newer(newest_step(folder))
+except StorageError as error:
+    print(error)
+print([p.name for p in folder.iterdir() if p.name.startswith(".")], newest_step(folder))
+"""
+
+UPLOAD = """
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder.parent], check=True)
+save(folder, 10)
+subprocess.run(["mount", "-o", "remount,ro", folder.parent], check=True)
+Mirror(folder, storage).upload()
+"""
+
+# A folder that is mounted onto itself: no link leads out of a mount.
+UPLOAD_WITHOUT_LINKS = """
+save(folder, 10)
+source = folder / "step-00000010"
+subprocess.run(["mount", "--bind", source, source], check=True)
+try:
+    os.link(source / "state.json", folder / "linked")
+except OSError as error:
+    print(error)
+
+def tidy():
+    if source.exists():
+        subprocess.run(["umount", source], check=True)
+        shutil.rmtree(source)
+
+storage.filesystem = Interrupted(storage.filesystem, tidy)
+Mirror(folder, storage).upload()
+print(source.exists())
+"""
+
+
+def on_a_disk_of_its_own(program: str, *arguments: object) -> str:
+    """Run it as root of a namespace of its own, whose mounts nobody else sees."""
+    if shutil.which("unshare") is None:
+        pytest.skip("there is no `unshare`, so no disk of its own can be mounted here")
+    tried = subprocess.run(["unshare", "-Urm", "true"], capture_output=True, text=True)
+    if tried.returncode:
+        pytest.skip(f"no disk of its own can be mounted here: {tried.stderr.strip()}")
+    source = ON_A_DISK_OF_ITS_OWN + program
+    command = ["unshare", "-Urm", sys.executable, "-c", source, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("local", [0, 10])
+@pytest.mark.parametrize(("options", "why"), [("size=64k", "No space"), ("ro", "Read-only")])
+def test_a_disk_that_cannot_hold_the_stores_checkpoint_is_not_the_stores_fault(
+    options: str, why: str, local: int, remote: Path, tmp_path: Path
+) -> None:
+    """The run neither begins anew nor goes on from an older checkpoint of its own."""
+    (tmp_path / "disk").mkdir()
+    before = tmp_path / "before" / "run"
+    save_checkpoint(before, 20, {"vector": torch.zeros(100_000)}, {"progress": {"step": 20}})
+    Mirror(before, Storage(remote.as_uri())).upload()
+    folder = tmp_path / "disk" / "run"
+    said = on_a_disk_of_its_own(FETCH, remote.as_uri(), folder, options, local)
+    assert f"cannot write {folder}/step-00000020" in said and why in said
+    assert "Free some space" in said and "does not answer" not in said
+    assert said.endswith(f"\n[] {local}\n")
+
+
+def test_a_disk_that_has_become_read_only_is_uploaded_from_where_it_is(
+    remote: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "disk").mkdir()
+    on_a_disk_of_its_own(UPLOAD, remote.as_uri(), tmp_path / "disk" / "run")
+    assert verify(remote / "checkpoints" / "run" / "step-00000010")["step"] == 10
+
+
+def test_where_the_disk_has_no_links_the_uploader_keeps_a_copy(
+    remote: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    said = on_a_disk_of_its_own(UPLOAD_WITHOUT_LINKS, remote.as_uri(), folder)
+    assert "Invalid cross-device link" in said and said.endswith("False\n")
+    assert verify(remote / "checkpoints" / "run" / "step-00000010")["step"] == 10
+    assert not list(folder.iterdir())
+
+
+def test_the_checkpoints_of_a_finished_run_go_from_the_store(remote: Path, tmp_path: Path) -> None:
     there = filled(remote, tmp_path / "run", 10, 20)
     assert sha256_file(there / "step-00000020" / MANIFEST)
-    mirror.clear_everywhere(tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    mirror.clear_stored(tmp_path / "run")
     assert Storage(remote.as_uri()).names("checkpoints/run") == []

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import RegistryError
+from pipeline.deploy import champions
 from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, Champions
 from pipeline.deploy.patience import Patience, Persistent, UnansweredError
 from pipeline.deploy.promotions import (
@@ -74,6 +75,14 @@ def test_a_deleted_record_does_not_undo_those_after_it(data: Any) -> None:
     gone = data.draw(st.sets(st.integers(1, count - 1)))
     left = [r for r in records if r.number not in gone]
     assert (fold(left).champion, fold(left).last) == (count, count)
+
+
+def test_a_mend_of_what_is_champion_no_more_is_no_record() -> None:
+    """Its writer saw 1 as champion, and slept while 2 became it; nobody is behind because of it."""
+    records = [record(1, 1, 0, seen=True, done=True), record(2, 2, 1, seen=True, done=True)]
+    late = record(3, 1, 2, kind="mend")
+    assert fold([*records, late]) == fold(records)
+    assert alias_is(fold([*records, late]), 1, now=1000.0) == "moved"
 
 
 @given(
@@ -310,6 +319,19 @@ def test_a_slow_promoters_late_move_is_put_back(client: Any, name: str) -> None:
         )
     assert Champions(client, name, ASK).aliases()[CHAMPION] == 1  # where it must not stay
     assert is_settled(client, name) == (2, 1)
+
+
+def test_a_promoter_that_is_too_late_to_be_expected_leaves_the_alias_alone(
+    client: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next one mends it; a move that comes now would be taken for a person's."""
+    since = Champions(client, name, ASK).settle()
+    monkeypatch.setattr(champions, "LATE_SECONDS", -1.0)
+    with pytest.raises(UnansweredError, match="promoting took more than.*\n.*mends it"):
+        Champions(client, name, ASK).change("promote", 1, since, "slow")
+    monkeypatch.undo()
+    assert CHAMPION not in Champions(client, name, ASK).aliases()
+    assert is_settled(client, name)[0] == 1
 
 
 @settings(max_examples=200, deadline=None)
