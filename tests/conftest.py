@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,33 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 _SPLITS = {"train": 24, "val": 8, "test": 12}
 
 
-@pytest.fixture(autouse=True)
-def _environment_stays() -> Iterator[None]:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: of two processes none is left with it at the end."""
+    long = ("e2e", "distributed")
+    items.sort(key=lambda item: not set(long) & set(item.path.parts))
+
+
+@contextmanager
+def _kept_environment() -> Iterator[None]:
     """What a library exports for its children (MLflow does) must not reach the next test."""
     before = dict(os.environ)
     yield
     if dict(os.environ) != before:
         os.environ.clear()
         os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
+def _environment_stays() -> Iterator[None]:
+    with _kept_environment():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _environment_stays_between_modules() -> Iterator[None]:
+    """Fixtures of a module are made before those of its first test."""
+    with _kept_environment():
+        yield
 
 
 def shared_data(name: str) -> Path:

@@ -28,6 +28,8 @@ LAUNCHERS: Mapping[str, Launcher] = {
 }
 
 _FOLDER = Path(".metaloom/launch")
+_KEPT = 10
+"""Folders of failed runs that stay, for a look at their workers' logs."""
 
 
 def launch(entry: str, config: Section, *, most: int, outputs: Sequence[Path] = ()) -> Any:
@@ -57,6 +59,8 @@ def launch(entry: str, config: Section, *, most: int, outputs: Sequence[Path] = 
         )
     job = Job(entry, config, number, least, max_restarts_from_environment(), tuple(outputs))
     _FOLDER.mkdir(parents=True, exist_ok=True)
+    for old in sorted(_FOLDER.glob("run-*"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(dir=_FOLDER, prefix="run-"))
     result = LAUNCHERS[name](job, folder)
     shutil.rmtree(folder)  # kept when the run failed: it holds the workers' logs

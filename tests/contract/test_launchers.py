@@ -110,6 +110,14 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     assert len(launch(f"{ENTRIES}:identify", Plan(rank=0, what=""), most=8)) == 2
     assert not list(tmp_path.glob(".metaloom/launch/*")), "a finished run leaves nothing"
+    failed = [tmp_path / f".metaloom/launch/run-{number}" for number in range(12)]
+    for age, folder in enumerate(failed):
+        folder.mkdir()
+        os.utime(folder, (age, age))
+    launch(f"{ENTRIES}:identify", Plan(rank=0, what=""), most=8)
+    assert [folder for folder in failed if folder.exists()] == failed[2:], (
+        "the last ten failed ones"
+    )
     monkeypatch.setenv("METALOOM_LAUNCHER", "cloud")
     with pytest.raises(ConfigError, match="METALOOM_LAUNCHER is 'cloud'.*local"):
         launch(f"{ENTRIES}:identify", Plan(rank=0, what=""), most=8)

@@ -73,9 +73,9 @@ def run_and_kill(job: MetaTrainJob, workers: int, at_step: int, rng: random.Rand
     return bool(failure)
 
 
-@pytest.mark.parametrize(
-    "kills", [3, pytest.param(200, marks=[pytest.mark.slow, pytest.mark.timeout(7200)])]
-)
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("kills", [6, 200])
 def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(
     kills: int, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:

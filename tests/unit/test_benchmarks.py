@@ -124,6 +124,7 @@ def test_every_case_has_contestants_once_each(device: str, cores: int) -> None:
     assert len({case.name for case in CASES}) == len(CASES)
 
 
+@pytest.mark.slow
 def test_a_contest_from_end_to_end(tmp_path: Path) -> None:
     """Real processes: a peer, ours in two workers and in bf16, and one that cannot run."""
     field = [
