@@ -132,13 +132,19 @@ def test_a_node_is_preempted(
     job = long_job(tmp_path / "preempted", blob_store, blob_tasks)
     environment = {**ray_cluster.environment, "METALOOM_NODE_LABELS": "metaloom-node=node"}
     run = Disturbed(job, "ray_train", environment=environment)
-    run.start(2)
-    assert run.wait_for_steps(CHECKPOINT_EVERY)
-    begin = time.monotonic()
-    script = "from tests.chaos.test_ray_kills import preempt; preempt()"
-    subprocess.run(
-        [sys.executable, "-c", script], env=run.child_environment(), check=True, timeout=120
-    )
+    with subprocess.Popen(
+        [sys.executable, "-c", "from tests.chaos.test_ray_kills import preempt; preempt()"],
+        env=run.child_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as cloud:
+        assert cloud.stdout is not None and cloud.stdout.readline() == "ready\n"
+        run.start(2)
+        assert run.wait_for_steps(CHECKPOINT_EVERY)
+        begin = time.monotonic()
+        cloud.communicate("go\n", timeout=60)
+    assert cloud.returncode == 0
     while "are going away" not in " ".join(run.restarts_told()):
         assert run.is_running(), run.log()
         time.sleep(0.05)
@@ -153,13 +159,15 @@ def test_a_node_is_preempted(
 
 
 def preempt() -> None:
-    """Tell the cluster that the node labelled `node` goes away in half a minute."""
+    """Once asked, tell the cluster that the node labelled `node` goes away in half a minute."""
     import ray
     from ray._raylet import GcsClient
 
     ray.init(log_to_driver=False)
     gcs = GcsClient(address=ray.get_runtime_context().gcs_address)
     (node,) = [n for n in ray.nodes() if n["Alive"] and n["Labels"].get("metaloom-node") == "node"]
+    print("ready", flush=True)
+    input()
     accepted, why = gcs.drain_node(
         node["NodeID"],
         2,
