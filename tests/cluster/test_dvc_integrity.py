@@ -344,7 +344,8 @@ def test_the_real_stage_begins_only_on_what_was_hashed(
     done = attempt(machine, env, "python", "-m", "stages.meta_train")
     trained = (machine / "models/meta").exists()
     checkpoints = list(machine.glob(".metaloom/checkpoints/*/step-*"))
-    shutil.rmtree(machine / "models/meta", ignore_errors=True)
+    for left in ("models/meta", ".metaloom/checkpoints"):
+        shutil.rmtree(machine / left, ignore_errors=True)
     if where is None:
         assert done.returncode == 0 and trained, done.stderr[-3000:]
         return
