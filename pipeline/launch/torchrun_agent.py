@@ -72,22 +72,27 @@ def _end_hung_workers(folder: Path) -> None:
     torch's agent asks them by SIGTERM and waits for half a minute before it kills those that do
     not hear, since they are stopped or hang; and nobody starts again before.
     """
-    known: set[int] = set()
     while True:
+        known = _have_left_notes(folder)
+        workers = set(workers_of(os.getpid()))  # read last: of no later start than the next note
         time.sleep(_POLL_SECONDS)
-        fresh = {note.process for note in read_notes(folder)} - known
-        if not fresh:
-            continue
-        known |= fresh
-        concerned = set(workers_of(os.getpid()))
-        deadline = time.monotonic() + _GRACE_SECONDS
-        while concerned and time.monotonic() < deadline:
-            for process in filter(is_stopped, concerned):
+        if _have_left_notes(folder) - known:
+            _end(workers)
+
+
+def _have_left_notes(folder: Path) -> set[int]:
+    return {note.process for note in read_notes(folder)}
+
+
+def _end(workers: set[int]) -> None:
+    """Return when none of them lives; until then no other start can have begun."""
+    deadline = time.monotonic() + _GRACE_SECONDS
+    while workers:
+        for process in workers:
+            if is_stopped(process) or time.monotonic() > deadline:
                 kill(process)
-            time.sleep(_POLL_SECONDS)
-            concerned &= set(workers_of(os.getpid()))
-        for process in concerned:
-            kill(process)
+        time.sleep(_POLL_SECONDS)
+        workers &= set(workers_of(os.getpid()))
 
 
 if __name__ == "__main__":

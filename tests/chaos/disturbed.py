@@ -148,8 +148,7 @@ class Disturbed:
 
     def restarts_told(self) -> list[str]:
         """Why the launcher has started the workers again, each time."""
-        lines = [line for line in self.log().splitlines() if '"event": "restart"' in line]
-        return [str(json.loads(line[line.index("{") :])["why"]) for line in lines]
+        return [str(line["why"]) for line in told_of("restart", self.log())]
 
     def is_running(self) -> bool:
         """Whether the driver lives."""
@@ -161,6 +160,12 @@ class Disturbed:
 
     def _end_of_journal(self) -> int:
         return max((behind for _, behind in read_points(self.job.journal)), default=0)
+
+
+def told_of(event: str, log: str) -> list[dict[str, Any]]:
+    """The lines of one kind of event; Ray writes before each whose it is."""
+    lines = [line for line in log.splitlines() if f'"event": "{event}"' in line]
+    return [json.loads(line[line.index("{") :]) for line in lines]
 
 
 def undisturbed(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pipeline.launch.local import launch_local
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import MetaTrainJob
 from tests.chaos.campaign import Campaign, Try, tries
+from tests.chaos.disturbed import told_of
 from tests.distributed.broken import Flip
 from tests.distributed.small_run import digest, make_job
 
@@ -33,11 +33,6 @@ def run_flipped(plan: Flip, workers: int) -> dict[str, Any]:
     job = Job("tests.distributed.broken:flipped", plan, workers, max_restarts=3)
     result: dict[str, Any] = launch_local(job, plan.done.parent / "launch")
     return result
-
-
-def restarts(errors: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] == "restart"]
 
 
 def test_a_flipped_bit_is_caught_at_the_next_checkpoint(
@@ -65,7 +60,7 @@ def test_a_flipped_bit_is_caught_at_the_next_checkpoint(
         capfd.readouterr()
         result = run_flipped(plan, workers)
         assert plan.done.exists(), "no bit was flipped"
-        told = restarts(capfd.readouterr().err)
+        told = told_of("restart", capfd.readouterr().err)
         before = plan.step // CHECKPOINT_EVERY * CHECKPOINT_EVERY
         if plan.step % CHECKPOINT_EVERY == 0:
             before -= CHECKPOINT_EVERY
@@ -99,7 +94,7 @@ def test_a_flip_that_makes_the_loss_no_number_is_not_blamed_on_the_data(
     undisturbed, plan = a_flip(tmp_path, blob_store, blob_tasks, step=11, place=0.9985, bit=30)
     capfd.readouterr()
     run_flipped(plan, 2)
-    (told,) = restarts(capfd.readouterr().err)
+    (told,) = told_of("restart", capfd.readouterr().err)
     assert "held other parameters than the rest at step 11," in told["why"], "at once, not at 15"
     assert not list(plan.job.incidents.rglob("incident.json"))
     assert digest(plan.job) == digest(undisturbed)
@@ -114,6 +109,6 @@ def test_without_the_check_a_flipped_bit_is_in_the_result(
     )
     run_flipped(plan, 2)
     assert plan.done.exists()
-    assert restarts(capfd.readouterr().err) == []
+    assert told_of("restart", capfd.readouterr().err) == []
     assert read_json(plan.job.target / "learner.json")["origin"]["steps"] == NUM_STEPS
     assert digest(plan.job)[0] != digest(undisturbed)[0]

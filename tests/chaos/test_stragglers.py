@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
@@ -16,6 +15,7 @@ from pipeline.runtime.journal import read_points
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import MetaTrainJob
 from tests.chaos.campaign import Campaign, Try
+from tests.chaos.disturbed import told_of
 from tests.distributed.broken import Slow
 from tests.distributed.small_run import CHECKPOINT_EVERY, digest, make_job
 
@@ -29,57 +29,48 @@ def rate(job: MetaTrainJob) -> float:
     return statistics.median(p["tasks_per_second"] for p in points if "tasks_per_second" in p)
 
 
-def told_of(event: str, errors: str) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in errors.splitlines() if line.startswith("{")]
-    return [line for line in lines if line["event"] == event]
+Pair = Callable[..., tuple[bool, list[dict[str, Any]], dict[str, MetaTrainJob]]]
+
+
+@pytest.fixture
+def slowed(
+    blob_store: Store, blob_tasks: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Pair:
+    """Run a quick job and the slow one: are their bits equal, what was told of the slow one."""
+
+    def run(event: str, **plan: Any) -> tuple[bool, list[dict[str, Any]], dict[str, MetaTrainJob]]:
+        jobs = {
+            name: make_job(tmp_path / name, blob_store, blob_tasks, num_steps=_STEPS)
+            for name in ("quick", "slow")
+        }
+        quick = Job("pipeline.training.meta_train:run", jobs["quick"], 2)
+        metrics = launch_local(quick, tmp_path / "launch-quick")
+        before = told_of(event, capfd.readouterr().err)
+        assert event == "straggler" or not before, "a quick disk is not told of"
+        slow = Job("tests.distributed.broken:slowed", Slow(job=jobs["slow"], **plan), 2)
+        result = launch_local(slow, tmp_path / "launch-slow")
+        told = told_of(event, capfd.readouterr().err)
+        return result == metrics and digest(jobs["slow"]) == digest(jobs["quick"]), told, jobs
+
+    return run
 
 
 @pytest.mark.parametrize(("what", "why"), [("compute", "computes"), ("data", "waits for its data")])
 def test_the_log_says_who_is_slow_and_the_bits_stay(
-    what: Literal["compute", "data"],
-    why: str,
-    blob_store: Store,
-    blob_tasks: Path,
-    tmp_path: Path,
-    campaign: Callable[[str], Campaign],
-    capfd: pytest.CaptureFixture[str],
+    what: str, why: str, slowed: Pair, campaign: Callable[[str], Campaign]
 ) -> None:
-    jobs = {
-        name: make_job(tmp_path / name, blob_store, blob_tasks, num_steps=_STEPS)
-        for name in ("quick", "slow")
-    }
-    quick = Job("pipeline.training.meta_train:run", jobs["quick"], 2)
-    metrics = launch_local(quick, tmp_path / "launch-quick")
-    capfd.readouterr()
-    plan = Slow(job=jobs["slow"], rank=1, seconds=_DELAY, what=what)
-    slow = Job("tests.distributed.broken:slowed", plan, 2)
-    result = launch_local(slow, tmp_path / "launch-slow")
-    told = told_of("straggler", capfd.readouterr().err)
+    equal, told, jobs = slowed("straggler", rank=1, seconds=_DELAY, what=what)
     rates = {name: rate(job) for name, job in jobs.items()}
     named = bool(told) and all(s["worker"] == 1 and s["why"].startswith(why) for s in told)
-    equal = result == metrics and digest(jobs["slow"]) == digest(jobs["quick"])
     record = campaign(f"one worker slow: {what}")
     record.notes |= {"tasks_per_second": {n: round(r, 1) for n, r in rates.items()}}
     record.add(Try(_STEPS, named and rates["slow"] < rates["quick"], equal, 0))
 
 
 def test_the_log_says_that_the_disk_is_slow_and_the_bits_stay(
-    blob_store: Store,
-    blob_tasks: Path,
-    tmp_path: Path,
-    campaign: Callable[[str], Campaign],
-    capfd: pytest.CaptureFixture[str],
+    slowed: Pair, campaign: Callable[[str], Campaign]
 ) -> None:
-    jobs = {
-        name: make_job(tmp_path / name, blob_store, blob_tasks, num_steps=_STEPS)
-        for name in ("quick", "slow")
-    }
-    metrics = launch_local(Job("pipeline.training.meta_train:run", jobs["quick"], 2), tmp_path)
-    assert not told_of("slow disk", capfd.readouterr().err)
-    plan = Slow(job=jobs["slow"], rank=0, seconds=1.1, what="checkpoints")
-    result = launch_local(Job("tests.distributed.broken:slowed", plan, 2), tmp_path / "slow")
-    told = told_of("slow disk", capfd.readouterr().err)
+    equal, told, jobs = slowed("slow disk", rank=0, seconds=1.1, what="checkpoints")
     writes = -(-_STEPS // CHECKPOINT_EVERY)
     named = all(line["folder"] == str(jobs["slow"].checkpoints) for line in told)
-    equal = result == metrics and digest(jobs["slow"]) == digest(jobs["quick"])
     campaign("a slow disk").add(Try(_STEPS, len(told) == writes and named, equal, 0))

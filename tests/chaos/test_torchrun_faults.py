@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -26,7 +25,7 @@ from pipeline.launch.torchrun_board import Announcement
 from pipeline.launch.torchrun_story import Story
 from pipeline.launch.worker import STARTS
 from pipeline.store.reader import Store
-from tests.chaos.disturbed import Disturbed, long_job, undisturbed
+from tests.chaos.disturbed import Disturbed, long_job, told_of, undisturbed
 from tests.distributed.entries import Plan
 from tests.distributed.small_run import digest
 
@@ -62,8 +61,7 @@ def agent_of(run: Disturbed) -> int:
 
 
 def said(run: Disturbed, event: str) -> list[str]:
-    lines = [line for line in run.log().splitlines() if f'"event": "{event}"' in line]
-    return [str(json.loads(line[line.index("{") :])["why"]) for line in lines]
+    return [str(line["why"]) for line in told_of(event, run.log())]
 
 
 def test_notes_may_go_away_while_they_are_read(tmp_path: Path) -> None:
@@ -142,8 +140,7 @@ def test_a_hung_worker_is_named_at_once_and_does_not_hold_up_the_next_start(
         assert "worker 1 does not answer" in run.restarts_told()[0]
         assert (run.end(), digest(job)) == expected
     log = (run.folder / "launch" / "agent.log").read_text()
-    assert "closing signal SIGTERM" in log, "torch's agent has asked it"
-    assert "forcefully exiting" not in log, "and has not had to kill it"
+    assert "forcefully exiting" not in log, "torch's agent has not had to kill it"
     assert len(run.restarts_told()) == 1
 
 
@@ -164,6 +161,37 @@ def test_a_killed_agent_is_started_again_when_its_workers_are_gone(
         assert not set(workers.values()) & set(run.workers().values())
         assert not any(map(psutil.pid_exists, workers.values()))
         assert (run.end(), digest(job)) == expected
+
+
+def test_a_late_note_of_an_earlier_start_does_not_kill_the_next_one(tmp_path: Path) -> None:
+    """A stopped worker is killed; then its peer, which was slower to end, leaves a note too."""
+    watch = "import sys; from pathlib import Path; import pipeline.launch.torchrun_agent as agent; "
+    watch += "agent._GRACE_SECONDS = 1.0; agent._end_hung_workers(Path(sys.argv[1]))"
+    with contextlib.ExitStack() as started:
+
+        def process(code: str, argument: str, **environment: str) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-c", code, argument]
+            one = started.enter_context(subprocess.Popen(command, env=os.environ | environment))
+            started.callback(one.kill)
+            return one
+
+        watcher = process(watch, str(tmp_path))
+        sleep = "import time; time.sleep(60)"
+
+        def worker() -> subprocess.Popen[bytes]:
+            return process(sleep, "pipeline.launch.worker", METALOOM_PARENT=str(watcher.pid))
+
+        hung, slow = worker(), worker()
+        os.kill(hung.pid, signal.SIGSTOP)
+        time.sleep(3.0)  # for the watcher to begin, and to have seen both
+        leave_note(tmp_path, "2", "worker 0 does not answer")
+        assert hung.wait(10) == -signal.SIGKILL
+        (tmp_path / f"fault-1-{slow.pid}.json").write_text('{"message": "nor to me"}')
+        slow.kill()
+        slow.wait()
+        later = worker()
+        with pytest.raises(subprocess.TimeoutExpired):
+            later.wait(4)
 
 
 @pytest.mark.slow
