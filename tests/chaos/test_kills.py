@@ -9,13 +9,14 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.core.errors import StoppedError
 from pipeline.runtime.journal import read_points
 from pipeline.store.reader import Store
-from tests.chaos.campaign import Campaign, Try, tries
+from tests.chaos.campaign import Campaign, Try, is_full, tries
 from tests.chaos.disturbed import (
     CHECKPOINT_EVERY,
     NUM_STEPS,
@@ -30,11 +31,11 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(7200)]
 torchrun_by_night = pytest.param("torchrun", marks=pytest.mark.slow)
 ray_by_night = pytest.param("ray_train", marks=pytest.mark.slow)
 
-KILL_EVERY_SECONDS = 180.0
+KILL_EVERY_SECONDS = 180
 NEVER = 1_000_000
 
-Begin = Callable[[str, int], Disturbed]
-"""(name, number of workers) -> a run that was started"""
+Begin = Callable[..., Disturbed]
+"""(name, number of workers, **changes of the job) -> a run that was started"""
 
 
 @pytest.fixture
@@ -54,8 +55,8 @@ def begin(
     blob_tasks: Path,
     tmp_path: Path,
 ) -> Begin:
-    def start(name: str, workers: int) -> Disturbed:
-        job = long_job(tmp_path / name, blob_store, blob_tasks)
+    def start(name: str, workers: int, **changes: Any) -> Disturbed:
+        job = long_job(tmp_path / name, blob_store, blob_tasks, **changes)
         run = Disturbed(job, launcher, environment=environment)
         run.start(workers)
         return run
@@ -100,9 +101,41 @@ def test_kill_9(
     for run in runs:
         steps = {point.step for point, _ in read_points(run.job.journal)}
         assert steps == set(range(1, NUM_STEPS + 1))
-    costs = sorted(t.seconds or 0.0 for t in found.tries)
-    goodput = 1 - costs[len(costs) // 2] / KILL_EVERY_SECONDS
-    found.notes["goodput_at_one_kill_in_3_minutes"] = round(goodput, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["local", "torchrun", "ray_train"])
+def test_nine_tenths_of_the_time_are_useful_at_one_kill_in_three_minutes(
+    launcher: str,
+    begin: Begin,
+    campaign: Callable[[str], Campaign],
+    tmp_path: Path,
+) -> None:
+    """Useful is all time but that from each kill until the step that it had reached is done again.
+
+    The run is longer than the test, which ends it; the bits are the other campaigns' affair.
+    """
+    found = campaign(f"one kill in three minutes, {launcher}")
+    pause = tries(ci=30, full=KILL_EVERY_SECONDS)
+    run = begin("run", 2, num_steps=NEVER, validate_every=NEVER)
+    rng, wasted = random.Random(launcher), 0.0
+    assert run.wait_for_steps(CHECKPOINT_EVERY)
+    since = time.monotonic()
+    for kill in range(1, tries(ci=2, full=3) + 1):
+        time.sleep(max(0.0, since + kill * pause - time.monotonic()))
+        reached = max(run.steps())
+        outcome = kill_worker(run, rng, None)
+        assert outcome is not None and outcome.seconds is not None
+        begun = time.monotonic()
+        while max(run.steps(), default=0) < reached:
+            assert run.is_running(), run.log()
+            time.sleep(0.01)
+        wasted += outcome.seconds + time.monotonic() - begun
+        found.add(outcome)
+    useful = 1 - wasted / (time.monotonic() - since)
+    run.kill(run.tree())
+    found.notes["goodput"] = round(useful, 3)
+    assert useful >= 0.9 or not is_full(), useful
 
 
 @pytest.mark.parametrize(
