@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.core.errors import PipelineError
 from pipeline.core.files import read_json, verify, write_json
 from pipeline.launch.base import Job
@@ -95,7 +97,8 @@ def _fill(job: MetaTrainJob, at_step: int, left_bytes: int) -> None:
 
 
 def train(job_file: Path) -> None:
-    """As a stage does it: an error ends the process with its own status."""
+    """As a worker does it, with one thread; an error ends the process with its own status."""
+    torch.set_num_threads(1)
     job = MetaTrainJob.model_validate_json(job_file.read_text())
     run_main(lambda: run(job, SINGLE) and None)
 
