@@ -1,0 +1,1 @@
+"""The service: learners made from a few examples, kept, and asked over HTTP."""

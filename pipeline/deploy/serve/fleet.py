@@ -1,0 +1,203 @@
+"""The versions that serve: loaded beside each other, tried, switched; a bad one stays outside."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from pipeline.core.errors import ArtefactError, PipelineError
+from pipeline.core.files import read_json, write_json
+from pipeline.deploy.bundle import load_bundle
+from pipeline.deploy.serve.messages import ModelRef, Refused
+from pipeline.deploy.serve.model import Version
+from pipeline.deploy.serve.sources import Found, Source
+from pipeline.runtime.logs import say
+
+Role = Literal["champion", "challenger"]
+_ROLES: tuple[Role, ...] = ("champion", "challenger")
+_LAST = "last.json"
+_KEPT_VERSIONS = 8
+_TRIAL_SHOTS = 3
+
+
+@dataclass
+class Fleet:
+    """Follows the aliases of a source. What serves is switched only to what has been tried."""
+
+    source: Source
+    cache: Path
+    rows_per_pass: int
+    poll_seconds: float
+    on_switch: Callable[[Role, Version], None] = lambda role, version: None
+    refused: dict[str, Refused] = field(default_factory=dict)
+    """By bundle"""
+    registry_problem: str = ""
+    _serving: dict[str, Version] = field(default_factory=dict)
+    _loaded: OrderedDict[str, Version] = field(default_factory=OrderedDict)
+    _stop: threading.Event = field(default_factory=threading.Event)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        """Serve what served last, if it is in the cache; then look who is champion, and follow."""
+        self._from_cache()
+        self._thread = threading.Thread(target=self._follow, name="fleet", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more."""
+        self._stop.set()
+
+    def serving(self, role: str = "champion") -> Version | None:
+        """What serves in this role now."""
+        return self._serving.get(role)
+
+    def problems(self) -> list[str]:
+        """What keeps a newer version out."""
+        told = [f"version {one.version} may not serve: {one.why}" for one in self.refused.values()]
+        return told + ([self.registry_problem] if self.registry_problem else [])
+
+    def version(self, ref: ModelRef) -> Version:
+        """A version that a learner is pinned to, loaded if it has to be.
+
+        Raises:
+            PipelineError: it is neither here nor to be had.
+        """
+        with self._lock:
+            known = self._loaded.get(ref.bundle)
+            if known is not None:
+                self._loaded.move_to_end(ref.bundle)
+                return known
+            return self._keep(self._load(ref))
+
+    def look(self) -> None:
+        """One look at the aliases; a switch if there is a new version and it is good."""
+        try:
+            found = self.source.look()
+            self.registry_problem = ""
+        except PipelineError as error:
+            self._troubled(str(error).splitlines()[0])
+            return
+        for role in _ROLES:
+            now = self._serving.get(role)
+            if role not in found:
+                if role == "challenger":
+                    self._serving.pop(role, None)
+            elif now is None or now.ref != found[role].ref:
+                self._consider(role, found[role])
+        wanted = {one.ref.bundle for one in found.values()}
+        self.refused = {key: one for key, one in self.refused.items() if key in wanted}
+
+    def _consider(self, role: Role, found: Found) -> None:
+        """Switch to a version, or say why not; the one before it goes on serving."""
+        why = found.refusal if role == "champion" else None
+        if why is None and found.ref.bundle in self.refused:
+            return  # its bytes are what they were
+        try:
+            version = self.version(found.ref) if why is None else None
+        except PipelineError as error:
+            why, version = str(error), None
+        if version is None:
+            self._refuse(role, found.ref, why or "")
+            return
+        self.refused.pop(found.ref.bundle, None)
+        self._serving[role] = version
+        say("switch", role=role, version=str(version.ref.version), bundle=version.ref.bundle[:12])
+        self.on_switch(role, version)
+        if role == "champion":
+            write_json(self.cache / _LAST, version.ref.model_dump())
+
+    def _refuse(self, role: Role, ref: ModelRef, why: str) -> None:
+        known = self.refused.get(ref.bundle)
+        if role != "champion" or (known is not None and known.why == why):
+            return
+        self.refused[ref.bundle] = Refused(version=ref.version or 0, why=why)
+        say("refused", version=str(ref.version), why=why)
+        try:
+            self.source.refuse(ref, why)
+        except PipelineError as error:
+            self._troubled(str(error).splitlines()[0])
+
+    def _load(self, ref: ModelRef) -> Version:
+        """From the cache, where it is whole; else from the source."""
+        folder = self.cache / ref.bundle
+        try:
+            bundle = load_bundle(folder, digest=ref.bundle)
+        except PipelineError:
+            bundle = self.source.fetch(ref, folder)
+        version = Version(ref, bundle, self.rows_per_pass)
+        try_out(version)
+        return version
+
+    def _keep(self, version: Version) -> Version:
+        self._loaded[version.ref.bundle] = version
+        in_use = {one.ref.bundle for one in self._serving.values()}
+        for name in [n for n in self._loaded if n not in in_use][: -_KEPT_VERSIONS or None]:
+            del self._loaded[name]
+        return version
+
+    def _from_cache(self) -> None:
+        self.cache.mkdir(parents=True, exist_ok=True)
+        last = self.cache / _LAST
+        if not last.exists():
+            return
+        try:
+            ref = ModelRef.model_validate(read_json(last))
+            if ref.name == self.source.name:
+                bundle = load_bundle(self.cache / ref.bundle, digest=ref.bundle)
+                version = Version(ref, bundle, self.rows_per_pass)
+                try_out(version)
+                self._serving["champion"] = self._keep(version)
+                self.on_switch("champion", version)
+        except (PipelineError, ValueError) as error:
+            say("cache", why=f"not usable: {str(error).splitlines()[0]}")
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.look()
+            except Exception as error:  # whatever it is, the last good version serves on
+                self._troubled(f"{type(error).__name__}: {error}"[:300])
+            self._stop.wait(self.poll_seconds)
+
+    def _troubled(self, problem: str) -> None:
+        if problem != self.registry_problem:
+            say("registry", why=problem)
+        self.registry_problem = problem
+
+
+def try_out(version: Version) -> None:
+    """Learn and answer one made-up episode.
+
+    Two classes of noise, each a picture that is disturbed a little, which any network tells apart
+    that can tell anything apart.
+
+    Raises:
+        ArtefactError: it fails, or its answers are no probabilities, or are wrong.
+    """
+    rng = np.random.default_rng(0)
+    shape = version.learner.preprocessing.image_shape
+    bases = rng.integers(0, 256, (2, 1, *shape))
+    noise = rng.integers(-8, 9, (2, _TRIAL_SHOTS + 1, *shape))
+    pictures = np.clip(bases + noise, 0, 255).astype(np.uint8)
+    support = pictures[:, :-1].reshape(-1, *shape)
+    try:
+        with torch.no_grad():
+            ready = version.learn(support, [0] * _TRIAL_SHOTS + [1] * _TRIAL_SHOTS, 2)
+            found = version.answer(ready, pictures[:, -1]).probabilities
+    except Exception as error:
+        raise ArtefactError(
+            f"the bundle {version.ref.bundle[:12]} cannot answer: {type(error).__name__}: {error}"
+        ) from None
+    right = found.shape == (2, 2) and found.argmax(dim=1).tolist() == [0, 1]
+    if not right or not torch.allclose(found.sum(dim=1), torch.ones(2), atol=1e-4):
+        raise ArtefactError(
+            f"the bundle {version.ref.bundle[:12]} answers wrongly: two classes that hardly vary "
+            f"get {found.tolist()}."
+        )

@@ -1,0 +1,265 @@
+"""What the routes do: make learners, extend them, ask them. It knows no HTTP but its problems."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from http import HTTPStatus
+
+from pipeline.core.errors import PipelineError
+from pipeline.deploy.serve.desk import Ask, Desk, Learn
+from pipeline.deploy.serve.fleet import Fleet
+from pipeline.deploy.serve.inputs import Item, check_queries, check_support, decode, items_of
+from pipeline.deploy.serve.keys import Caller, Keys
+from pipeline.deploy.serve.learners import Kept, Learners, learner_id, now
+from pipeline.deploy.serve.messages import (
+    ClassOf,
+    Episode,
+    Input,
+    LearnerTold,
+    Neighbour,
+    NewLearner,
+    Options,
+    Prediction,
+    Predictions,
+    Probability,
+)
+from pipeline.deploy.serve.model import Answers, Ready, Version
+from pipeline.deploy.serve.problems import Problem
+from pipeline.deploy.serve.settings import Policy, ServeSettings
+
+_NUM_NEIGHBOURS = 3
+
+
+@dataclass
+class Service:
+    """Learners of many owners over one copy of the weights."""
+
+    settings: ServeSettings
+    fleet: Fleet
+    desk: Desk
+    learners: Learners
+    keys: Keys
+    _ready: OrderedDict[tuple[str, str, str], asyncio.Future[Ready]] = field(
+        default_factory=OrderedDict
+    )
+
+    async def make(
+        self,
+        caller: Caller,
+        wanted: NewLearner,
+        parent: Kept | None = None,
+        items: Sequence[Item] = (),
+    ) -> tuple[LearnerTold, bool]:
+        """Learn a support set and keep it; whether it is new.
+
+        Args:
+            parent: the learner that it extends, whose examples, `items`, come first.
+        """
+        labels = [*(parent.labels if parent else ()), *(one.label for one in wanted.support)]
+        check_support(labels, self.settings.limits)
+        version = self.version()
+        policy = wanted.options.model or self.settings.policy
+        every = [*items, *items_of(wanted.support, "support")]
+        name = learner_id(every, labels, policy, version.ref.bundle)
+        if (known := await asyncio.to_thread(self.learners.get, caller.owner, name)) is not None:
+            return told(known), False
+        if (
+            await asyncio.to_thread(self.learners.count, caller.owner)
+            >= self.settings.limits.learners
+        ):
+            raise Problem(
+                HTTPStatus.CONFLICT,
+                f"you keep {self.settings.limits.learners:,} learners, which is the most. Delete some.",
+            )
+        kept = Kept(
+            owner=caller.owner,
+            id=name,
+            name=wanted.name,
+            created=now(),
+            parent=parent.id if parent else None,
+            policy=policy,
+            model=version.ref,
+            labels=tuple(labels),
+            unknown_below=None,
+        )
+        ready = await self._learn(version, kept, every)
+        kept = dataclasses.replace(kept, unknown_below=ready.unknown_below)
+        new = await asyncio.to_thread(self.learners.add, kept, every)
+        self._remember(kept, version, ready)
+        if not new:  # somebody else made the same at the same time
+            kept = await self.find(caller, name)
+        return told(kept), new
+
+    async def find(self, caller: Caller, name: str) -> Kept:
+        """One of the caller's learners; Problem 404 if there is none."""
+        kept = await asyncio.to_thread(self.learners.get, caller.owner, name)
+        if kept is None:
+            raise Problem(404, f"you have no learner {name}. GET /v1/learners lists yours.")
+        return kept
+
+    async def ask(
+        self, caller: Caller, name: str, queries: Sequence[Input], against: str
+    ) -> Predictions:
+        """Answer queries by one of the caller's learners."""
+        check_queries(queries, self.settings.limits)
+        kept = await self.find(caller, name)
+        version = await self._version_for(kept, against)
+        ready = await self._ready_for(kept, version)
+        answers = await self._answer(version, ready, queries)
+        return _predictions(kept, version, ready, answers)
+
+    async def episode(self, wanted: Episode) -> Predictions:
+        """Learn, answer, keep nothing."""
+        check_support([one.label for one in wanted.support], self.settings.limits)
+        check_queries(wanted.queries, self.settings.limits)
+        version = self.version(wanted.against)
+        kept = Kept(
+            owner="",
+            id="",
+            name=None,
+            created=now(),
+            parent=None,
+            policy="follow",
+            model=version.ref,
+            labels=tuple(one.label for one in wanted.support),
+            unknown_below=None,
+        )
+        ready = await self._learn(version, kept, items_of(wanted.support, "support"))
+        answers = await self._answer(version, ready, wanted.queries)
+        return _predictions(kept, version, ready, answers)
+
+    async def ready(self, kept: Kept) -> Ready:
+        """What the version that answers for a learner has learned of it."""
+        return await self._ready_for(kept, await self._version_for(kept, "champion"))
+
+    async def forget(self, caller: Caller, name: str) -> None:
+        """Delete a learner; Problem 404 if there is none."""
+        if not await asyncio.to_thread(self.learners.delete, caller.owner, name):
+            raise Problem(404, f"you have no learner {name}. GET /v1/learners lists yours.")
+        for key in [key for key in self._ready if key[:2] == (caller.owner, name)]:
+            del self._ready[key]
+
+    def version(self, role: str = "champion") -> Version:
+        """What serves in a role; a Problem where nothing does."""
+        version = self.fleet.serving(role)
+        if version is None and role == "challenger":
+            raise Problem(HTTPStatus.CONFLICT, "there is no challenger now; ask the champion.")
+        if version is None:
+            raise Problem(503, "no model is loaded yet; /readyz says why.", retry_after=2)
+        return version
+
+    async def _version_for(self, kept: Kept, against: str) -> Version:
+        policy: Policy = kept.policy
+        if against == "challenger" or policy == "follow":
+            return self.version(against)
+        try:
+            return await asyncio.to_thread(self.fleet.version, kept.model)
+        except PipelineError as error:
+            detail = f"{kept.id} is pinned to a version that is not to be had: {error}"
+            raise Problem(503, detail, retry_after=5) from None
+
+    async def _ready_for(self, kept: Kept, version: Version) -> Ready:
+        """Learned once for each version, however many ask at the same time."""
+        key = (kept.owner, kept.id, version.ref.bundle)
+        if (known := self._ready.get(key)) is not None:
+            self._ready.move_to_end(key)
+            return await asyncio.shield(known)
+        future = self._ready[key] = asyncio.get_running_loop().create_future()
+        try:
+            items = await asyncio.to_thread(self.learners.items, kept.owner, kept.id)
+            ready = await self._learn(version, kept, items)
+            future.set_result(ready)
+            self._forget_oldest()
+            return ready
+        except BaseException as error:
+            self._ready.pop(key, None)
+            if isinstance(error, Exception):
+                future.set_exception(error)
+                future.exception()  # those who wait are told; nobody waiting is no fault
+            else:
+                future.cancel()
+            raise
+
+    def _remember(self, kept: Kept, version: Version, ready: Ready) -> None:
+        future = asyncio.get_running_loop().create_future()
+        future.set_result(ready)
+        self._ready[kept.owner, kept.id, version.ref.bundle] = future
+        self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        while len(self._ready) > self.settings.ready_learners:
+            self._ready.popitem(last=False)
+
+    async def _learn(self, version: Version, kept: Kept, items: Sequence[Item]) -> Ready:
+        shape, limits = version.learner.preprocessing.image_shape, self.settings.limits
+        pictures = await asyncio.to_thread(decode, items, shape, limits, "support")
+        return await self.desk.learn(Learn(version, pictures, kept.targets, len(kept.classes)))
+
+    async def _answer(self, version: Version, ready: Ready, queries: Sequence[Input]) -> Answers:
+        shape, limits = version.learner.preprocessing.image_shape, self.settings.limits
+        items = items_of(queries, "queries")
+        pictures = await asyncio.to_thread(decode, items, shape, limits, "queries")
+        return await self.desk.ask(Ask(version, ready, pictures))
+
+
+def told(kept: Kept) -> LearnerTold:
+    """A learner as clients see it."""
+    labels = list(kept.labels)
+    return LearnerTold(
+        id=kept.id,
+        name=kept.name,
+        created=kept.created,  # type: ignore[arg-type]
+        parent=kept.parent,
+        classes=[ClassOf(label=label, shots=labels.count(label)) for label in kept.classes],
+        examples=len(labels),
+        options=Options(model=kept.policy),
+        model=kept.model,
+        unknown_below=kept.unknown_below,
+    )
+
+
+def _predictions(kept: Kept, version: Version, ready: Ready, answers: Answers) -> Predictions:
+    near = answers.similarity.topk(min(_NUM_NEIGHBOURS, len(kept.labels)), dim=1)
+    ordered = answers.probabilities.sort(dim=1, descending=True)
+    return Predictions(
+        learner=kept.id or None,
+        model=version.ref,
+        predictions=[
+            _prediction(kept, ready, *row)
+            for row in zip(
+                ordered.values.tolist(),
+                ordered.indices.tolist(),
+                near.values.tolist(),
+                near.indices.tolist(),
+                strict=True,
+            )
+        ],
+    )
+
+
+def _prediction(
+    kept: Kept,
+    ready: Ready,
+    probabilities: list[float],
+    classes: list[int],
+    similarities: list[float],
+    examples: list[int],
+) -> Prediction:
+    unknown = ready.unknown_below is not None and similarities[0] < ready.unknown_below
+    return Prediction(
+        label=None if unknown else kept.classes[classes[0]],
+        unknown=unknown,
+        confidence=probabilities[0],
+        probabilities=[
+            Probability(label=kept.classes[i], probability=p)
+            for i, p in zip(classes, probabilities, strict=True)
+        ],
+        nearest=[
+            Neighbour(example=i, label=kept.labels[i], similarity=s)
+            for i, s in zip(examples, similarities, strict=True)
+        ],
+    )

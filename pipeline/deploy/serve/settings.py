@@ -1,0 +1,71 @@
+"""How the service runs: limits, rates, where learners are kept, which versions it follows."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from pipeline.core.config import Section
+
+Policy = Literal["follow", "pin"]
+"""What a learner does when the champion changes: is learned anew by it, or stays with its own."""
+
+
+class Limits(Section):
+    """What one request may hold; more is refused before any work is done."""
+
+    body_bytes: PositiveInt = 10_000_000
+    """Of a whole request; 413 beyond."""
+    ways: int = Field(default=20, ge=2)
+    """Classes of a learner."""
+    shots: PositiveInt = 20
+    """Examples of one class."""
+    queries: PositiveInt = 100
+    """Queries of one request."""
+    pixels: PositiveInt = 4_000_000
+    """Of one picture, judged by its header, before decoding."""
+    side: PositiveInt = 4096
+    """Pixels of a picture's longer side."""
+    learners: PositiveInt = 10_000
+    """Learners that one owner may keep."""
+
+
+class Rates(Section):
+    """How much work is taken on; what is over is told to come back later."""
+
+    requests_per_second: PositiveFloat = 200.0
+    """Of one key, on average; 429 beyond."""
+    burst: PositiveInt = 400
+    """Requests of one key that may come at once."""
+    concurrent: PositiveInt = 64
+    """Requests of one key in work; 429 beyond."""
+    waiting: PositiveInt = 256
+    """Requests of all keys that may wait for the model; 503 beyond."""
+    body_seconds: PositiveFloat = 10.0
+    """For a client to send its request; 408 beyond."""
+    answer_seconds: PositiveFloat = 30.0
+    """For an answer to be ready; 503 beyond."""
+
+
+class ServeSettings(Section):
+    """Everything about a service but its model's name and its address."""
+
+    database: str = "sqlite:///.metaloom/serve/learners.db"
+    """Where learners and keys are kept: any SQLAlchemy URL; PostgreSQL for several replicas."""
+    cache: str = ".metaloom/serve/versions"
+    """Folder of verified bundles: the service starts from here when the registry is away."""
+    policy: Policy = "follow"
+    """For learners that do not say."""
+    poll_seconds: PositiveFloat = 10.0
+    """Between two looks at @champion."""
+    rows_per_pass: PositiveInt = 16
+    """Pictures in a pass of the network, always: so an answer has the same bits in any company."""
+    threads: PositiveInt = 1
+    """Of a pass; the same number gives the same bits."""
+    ready_learners: PositiveInt = 2000
+    """Adapted learners kept in memory."""
+    limits: Limits = Limits()
+    """Of one request."""
+    rates: Rates = Rates()
+    """Of all requests."""

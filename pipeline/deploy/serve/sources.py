@@ -1,0 +1,109 @@
+"""Where versions come from: a folder, or a registry whose aliases say which one serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.core.files import MANIFEST, sha256_file
+from pipeline.deploy.bundle import Bundle, load_bundle
+from pipeline.deploy.serve.admission import REFUSED_TAG, refusal
+from pipeline.deploy.serve.messages import ModelRef
+
+
+@dataclass(frozen=True)
+class Found:
+    """A version that an alias names."""
+
+    ref: ModelRef
+    refusal: str | None
+    """Why it may not serve, as far as its description tells."""
+
+
+class Source(Protocol):
+    """What a service asks; every call may raise a PipelineError."""
+
+    @property
+    def name(self) -> str:
+        """Of the model."""
+
+    def look(self) -> Mapping[str, Found]:
+        """The versions of `champion` and `challenger` now, as far as there are any."""
+
+    def fetch(self, ref: ModelRef, target: Path) -> Bundle:
+        """A version's bundle, in a folder that may be used for it, verified."""
+
+    def refuse(self, ref: ModelRef, why: str) -> None:
+        """Leave word with the version that it may not serve."""
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """One bundle in a folder, which never changes."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The folder's."""
+        return self.folder.name
+
+    def look(self) -> Mapping[str, Found]:
+        """The bundle, as champion."""
+        digest = sha256_file(self.folder / MANIFEST) if self.folder.is_dir() else ""
+        return {"champion": Found(ModelRef(name=self.name, version=None, bundle=digest), None)}
+
+    def fetch(self, ref: ModelRef, target: Path) -> Bundle:
+        """The bundle where it lies."""
+        return load_bundle(self.folder, digest=ref.bundle or None)
+
+    def refuse(self, ref: ModelRef, why: str) -> None:
+        """There is nobody to tell."""
+
+
+@dataclass
+class RegistrySource:
+    """The versions of one registered model in MLflow."""
+
+    root: Path
+    name: str
+    _told: dict[int, str] = field(default_factory=dict)
+
+    def look(self) -> Mapping[str, Found]:
+        """The versions of the aliases; one moved by hand is taken into the promotions' record."""
+        registry = self._registry()
+        found = {}
+        champion = registry.champion()
+        if champion is not None:
+            found["champion"] = champion
+        number = registry.aliases().get("challenger")
+        if number is not None:
+            found["challenger"] = registry.version(number)
+        return {
+            alias: Found(
+                ModelRef(name=self.name, version=one.number, bundle=one.digest), refusal(one.tags)
+            )
+            for alias, one in found.items()
+        }
+
+    def fetch(self, ref: ModelRef, target: Path) -> Bundle:
+        """Download a version's bundle."""
+        registry = self._registry()
+        assert ref.version is not None
+        return registry.fetch(registry.version(ref.version), target)
+
+    def refuse(self, ref: ModelRef, why: str) -> None:
+        """As a tag of the version, once."""
+        if ref.version is None or self._told.get(ref.version) == why:
+            return
+        registry = self._registry()
+        registry.tag(registry.version(ref.version), {REFUSED_TAG: why})
+        self._told[ref.version] = why
+
+    def _registry(self):  # type: ignore[no-untyped-def]
+        # MLflow takes seconds to import; a service that starts from its cache does not wait for it.
+        from pipeline.deploy.registry import Registry
+
+        return Registry(self.root, self.name)
