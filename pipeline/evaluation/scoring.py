@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,16 +64,17 @@ def score_sets(
     episodes: Mapping[str, FrozenEpisodes],
     *,
     context: Context = SINGLE,
+    temperature: float = 1.0,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, EpisodeScores]:
     """`score` on several sets of episodes; where features are cached, all sets share them."""
     features = None
     if caches_features(learner):
         features = embed_once(learner, store, episodes.values(), context)
-    return {
-        name: score(learner, store, one, context=context, features=features, advance=advance)
-        for name, one in episodes.items()
-    }
+    one = partial(
+        score, learner, store, context=context, features=features, temperature=temperature
+    )
+    return {name: one(frozen, advance=advance) for name, frozen in episodes.items()}
 
 
 def score(
@@ -83,6 +85,7 @@ def score(
     context: Context = SINGLE,
     cache_features: bool = True,
     features: Features | None = None,
+    temperature: float = 1.0,
     advance: Callable[[int], None] | None = None,
 ) -> EpisodeScores:
     """Adapt to every support set, answer every query.
@@ -95,25 +98,16 @@ def score(
         context: the workers that share the work; each gets the whole result.
         cache_features: False looks at the pictures of each episode anew, to check the cache.
         features: of all the rows of these episodes, if they are at hand.
+        temperature: what the logits are divided by; it changes confidences, never an answer.
         advance: called with the number of episodes that this worker has just finished.
     """
-    if learner.preprocessing.image_shape != store.image_shape:
-        raise ArtefactError(
-            f"the learner takes pictures of shape {learner.preprocessing.image_shape}, the store "
-            f"{store.folder} holds {store.image_shape}. Evaluate on a store made with its settings."
-        )
     own = share(len(episodes.support_rows), context.rank, context.world_size)
     cached = cache_features and caches_features(learner)
-    if cached:
-        features = features or embed_once(learner, store, [episodes], context)
-        probabilities = _on_features(learner, episodes, features)
-    else:
-        probabilities = _on_pictures(learner, store, episodes, context)
+    logits = _logits(learner, store, episodes, context, features, cached=cached)
     parts = []
     for start in range(own.start, own.stop, _EPISODES_PER_CHUNK):
         chunk = range(start, min(start + _EPISODES_PER_CHUNK, own.stop))
-        best = probabilities(chunk).max(dim=-1)
-        parts.append(torch.stack([best.values.double(), best.indices.double()], dim=-1))
+        parts.append(_best(logits(chunk), temperature))
         if advance is not None:
             advance(len(chunk))
     width = episodes.query_rows.shape[1]
@@ -122,6 +116,28 @@ def score(
     context.wait_for_all("scores")
     answers = gather_shares(local, len(episodes.support_rows), context).cpu().numpy()
     return _as_scores(episodes, answers[..., 0], answers[..., 1].astype(np.int64))
+
+
+def _best(logits_eQN: Tensor, temperature: float) -> Tensor:
+    """Confidence and answer [e, Q, 2]; the answer is what serving gives, before any temperature."""
+    answer = F.softmax(logits_eQN, dim=-1).argmax(dim=-1)
+    confidence = F.softmax(logits_eQN / temperature, dim=-1).amax(dim=-1)
+    return torch.stack([confidence.double(), answer.double()], dim=-1)
+
+
+def query_logits(
+    learner: Learner, store: Store, episodes: FrozenEpisodes
+) -> npt.NDArray[np.float64]:
+    """Logits [E, Q, N] of every query, in the order of the episode's labels; in one process.
+
+    The answers of `score` are their maxima. Large: 8 bytes for each query and class.
+    """
+    logits = _logits(learner, store, episodes, SINGLE, None, cached=caches_features(learner))
+    num = len(episodes.support_rows)
+    starts = range(0, num, _EPISODES_PER_CHUNK)
+    chunks = [logits(range(i, min(i + _EPISODES_PER_CHUNK, num))).double().cpu() for i in starts]
+    everything: npt.NDArray[np.float64] = torch.cat(chunks).numpy()
+    return everything
 
 
 def caches_features(learner: Learner) -> bool:
@@ -140,10 +156,36 @@ def embed_once(
     return Features(rows, embed_rows(learner, store, rows, context))
 
 
+def _logits(
+    learner: Learner,
+    store: Store,
+    episodes: FrozenEpisodes,
+    context: Context,
+    features: Features | None,
+    *,
+    cached: bool,
+) -> Callable[[range], Tensor]:
+    """Logits [e, Q, N] of a chunk of episodes.
+
+    Raises:
+        ArtefactError: the store holds pictures of another shape.
+    """
+    if learner.preprocessing.image_shape != store.image_shape:
+        raise ArtefactError(
+            f"the learner takes pictures of shape {learner.preprocessing.image_shape}, the store "
+            f"{store.folder} holds {store.image_shape}. Evaluate on a store made with its settings."
+        )
+    if cached:
+        return _on_features(
+            learner, episodes, features or embed_once(learner, store, [episodes], context)
+        )
+    return _on_pictures(learner, store, episodes, context)
+
+
 def _on_features(
     learner: Learner, episodes: FrozenEpisodes, features: Features
 ) -> Callable[[range], Tensor]:
-    """Class probabilities [e, Q, N] of a chunk of episodes, from features embedded once."""
+    """Logits [e, Q, N] of a chunk of episodes, from features embedded once."""
     wanted = np.concatenate([episodes.support_rows, episodes.query_rows], axis=1)
     index = torch.as_tensor(np.searchsorted(features.rows, wanted))
     features_RD = features.values
@@ -157,9 +199,9 @@ def _on_features(
     def one(support: Tensor, support_y: Tensor, query: Tensor) -> Tensor:
         algorithm = learner.algorithm
         adapted = algorithm.adapt(head, own_params, support, support_y, episodes.num_ways)
-        return F.softmax(algorithm.predict(head, own_params, adapted, query).float(), dim=-1)
+        return algorithm.predict(head, own_params, adapted, query).float()
 
-    def probabilities(chunk: range) -> Tensor:
+    def logits(chunk: range) -> Tensor:
         picked = features_RD[index[chunk.start : chunk.stop].to(features_RD.device)]
         chosen_labels = labels[chunk.start : chunk.stop].to(features_RD.device)
         result: Tensor = torch.vmap(one)(
@@ -167,19 +209,19 @@ def _on_features(
         )
         return result
 
-    return probabilities
+    return logits
 
 
 def _on_pictures(
     learner: Learner, store: Store, episodes: FrozenEpisodes, context: Context
 ) -> Callable[[range], Tensor]:
-    """Class probabilities [e, Q, N] of a chunk of episodes, one episode at a time."""
+    """Logits [e, Q, N] of a chunk of episodes, one episode at a time."""
 
     def one(e: int) -> Tensor:
         support = _pictures(store, episodes.support_rows[e], context)
         labels = torch.as_tensor(episodes.support_labels[e].astype(np.int64), device=context.device)
         adapted = learner.adapt(support, labels, episodes.num_ways)
-        return learner.predict(adapted, _pictures(store, episodes.query_rows[e], context))
+        return learner.logits(adapted, _pictures(store, episodes.query_rows[e], context))
 
     return lambda chunk: torch.stack([one(e) for e in chunk])
 
