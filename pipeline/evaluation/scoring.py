@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,6 @@ from pipeline.core.functional import BACKBONE, Model
 from pipeline.engine.learner import Learner
 from pipeline.runtime.collectives import gather_shares, share
 from pipeline.runtime.context import SINGLE, Context
-from pipeline.store.reader import Store
 from pipeline.tasks.frozen import FrozenEpisodes
 
 _ROWS_PER_CHUNK = 256  # fixed, so that features do not depend on the number of workers
@@ -49,6 +49,22 @@ class EpisodeScores:
         return means
 
 
+@runtime_checkable
+class PictureSource(Protocol):
+    """What episodes' rows are rows of: a store, or one whose pictures were changed."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of every picture."""
+
+    @property
+    def folder(self) -> Path:
+        """For messages."""
+
+    def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        """Pictures [n, C, H, W] of rows [n]."""
+
+
 class Features(NamedTuple):
     """Pictures embedded once, for every set of episodes that uses them."""
 
@@ -60,7 +76,7 @@ class Features(NamedTuple):
 
 def score_sets(
     learner: Learner,
-    store: Store,
+    store: PictureSource,
     episodes: Mapping[str, FrozenEpisodes],
     *,
     context: Context = SINGLE,
@@ -79,7 +95,7 @@ def score_sets(
 
 def score(
     learner: Learner,
-    store: Store,
+    store: PictureSource,
     episodes: FrozenEpisodes,
     *,
     context: Context = SINGLE,
@@ -126,7 +142,7 @@ def _best(logits_eQN: Tensor, temperature: float) -> Tensor:
 
 
 def query_logits(
-    learner: Learner, store: Store, episodes: FrozenEpisodes
+    learner: Learner, store: PictureSource, episodes: FrozenEpisodes
 ) -> npt.NDArray[np.float64]:
     """Logits [E, Q, N] of every query, in the order of the episode's labels; in one process.
 
@@ -148,7 +164,10 @@ def caches_features(learner: Learner) -> bool:
 
 
 def embed_once(
-    learner: Learner, store: Store, episodes: Iterable[FrozenEpisodes], context: Context = SINGLE
+    learner: Learner,
+    store: PictureSource,
+    episodes: Iterable[FrozenEpisodes],
+    context: Context = SINGLE,
 ) -> Features:
     """Features of every distinct picture of some sets of episodes."""
     used = [rows.ravel() for one in episodes for rows in (one.support_rows, one.query_rows)]
@@ -158,7 +177,7 @@ def embed_once(
 
 def _logits(
     learner: Learner,
-    store: Store,
+    store: PictureSource,
     episodes: FrozenEpisodes,
     context: Context,
     features: Features | None,
@@ -213,7 +232,7 @@ def _on_features(
 
 
 def _on_pictures(
-    learner: Learner, store: Store, episodes: FrozenEpisodes, context: Context
+    learner: Learner, store: PictureSource, episodes: FrozenEpisodes, context: Context
 ) -> Callable[[range], Tensor]:
     """Logits [e, Q, N] of a chunk of episodes, one episode at a time."""
 
@@ -227,7 +246,7 @@ def _on_pictures(
 
 
 def embed_rows(
-    learner: Learner, store: Store, rows: npt.NDArray[Any], context: Context = SINGLE
+    learner: Learner, store: PictureSource, rows: npt.NDArray[Any], context: Context = SINGLE
 ) -> Tensor:
     """Features [R, D] of store rows [R], shared among the workers in chunks of a fixed size."""
     chunks = [rows[i : i + _ROWS_PER_CHUNK] for i in range(0, len(rows), _ROWS_PER_CHUNK)]
@@ -244,7 +263,7 @@ def embed_rows(
     return gather_shares(padded, len(chunks), context).flatten(0, 1)[: len(rows)]
 
 
-def _pictures(store: Store, rows: npt.NDArray[Any], context: Context) -> Tensor:
+def _pictures(store: PictureSource, rows: npt.NDArray[Any], context: Context) -> Tensor:
     return torch.as_tensor(store.gather(rows)).to(context.device)
 
 

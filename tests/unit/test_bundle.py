@@ -39,7 +39,7 @@ from tests.unit.tiny_learner import (
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_MUTATIONS = 1000
-HEADER = {"kind": "metaloom bundle", "format_version": 1}
+HEADER = {"kind": "metaloom bundle", "format_version": 2}
 
 
 def test_the_same_learner_and_numbers_make_the_same_bundle(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def _edit_manifest(folder: Path, rng: random.Random) -> None:
     manifest = read_json(folder / MANIFEST)
     entry = manifest["files"][rng.choice(sorted(FILES))]
     edits: list[Callable[[], Any]] = [
-        lambda: manifest.update(format_version=2),
+        lambda: manifest.update(format_version=rng.choice([0, 1, 3, 2.5, None])),
         lambda: manifest.update(note="x"),
         lambda: manifest.pop("kind"),
         lambda: entry.update(bytes=entry["bytes"] + 1),
