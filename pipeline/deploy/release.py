@@ -16,6 +16,7 @@ from pipeline.core.config import Section
 from pipeline.core.errors import ArtefactError, PipelineError, RegistryError
 from pipeline.core.files import read_json
 from pipeline.deploy.bundle import Bundle, make_bundle
+from pipeline.deploy.by_hand import VERDICT_REASON_TAG, VERDICT_TAG
 from pipeline.deploy.card import model_card
 from pipeline.deploy.champions import ROLLED_BACK_TAG
 from pipeline.deploy.evidence import Answers, Costs, answers, measure_latency, num_scored
@@ -37,7 +38,7 @@ from pipeline.store.reader import Store, open_store
 from pipeline.tasks.frozen import FrozenEpisodes, read_episodes
 
 EXAMPLE_QUERIES = 5
-_ALIAS_TAG, _REASON_TAG, _RULES_TAG = "gate.verdict", "gate.reason", "gate.rules"
+_RULES_TAG = "gate.rules"
 
 
 class DeployConfig(Section):
@@ -329,15 +330,15 @@ def _move_aliases(
     try:
         registry.promote(version, since=since, reason=f"the gate: {decision.reason}")
     except LostRaceError as error:
-        registry.tag(version, {_ALIAS_TAG: "overtaken", _REASON_TAG: str(error)})
+        registry.tag(version, {VERDICT_TAG: "overtaken", VERDICT_REASON_TAG: str(error)})
         raise
 
 
 def _decision_tags(decision: Decision, smoke: SmokeResult) -> dict[str, str]:
     record = decision.as_json()
     return {
-        _ALIAS_TAG: decision.verdict,
-        _REASON_TAG: decision.reason,
+        VERDICT_TAG: decision.verdict,
+        VERDICT_REASON_TAG: decision.reason,
         _RULES_TAG: json.dumps(record["rules"]),
         SMOKE_TAG: PASSED if smoke.passed else f"failed: {smoke.reason}"[:1000],
     }

@@ -24,6 +24,7 @@ from pipeline.core.config import load_section
 from pipeline.core.errors import ArtefactError, RegistryError
 from pipeline.core.files import new_folder, read_json, sha256_file
 from pipeline.deploy.bundle import WEIGHTS
+from pipeline.deploy.by_hand import FORCED_TAG
 from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, ROLLED_BACK_TAG
 from pipeline.deploy.registry import PASSED, SMOKE_TAG, Registry
 from pipeline.deploy.release import DeployConfig, Sources, deploy, prepare, refuse_failed_smoke
@@ -87,7 +88,13 @@ def project(
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(blob_store.folder, root / "data/store/blobs")
     shutil.copytree(blob_tasks, root / "data/tasks")
-    deploy_section = {"model_name": "tiny", "gate": {"floors": FLOORS, "num_bootstrap": 1000}}
+    gate = {
+        "floors": FLOORS,
+        "num_bootstrap": 1000,
+        "max_calibration_error": 0.3,
+        "max_drops": [0.5, 0.5, 0.5],
+    }
+    deploy_section = {"model_name": "tiny", "gate": gate}
     params = {"preprocess": {"domain": "blobs"}, "deploy": deploy_section}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     train_and_evaluate(root, units=8)
@@ -188,7 +195,13 @@ def test_a_worse_model_waits_as_challenger_and_a_person_decides(
     record = run_deploy(project)
     assert record["decision"]["verdict"] == "challenger"
     assert record["aliases"] == {CHAMPION: 1, CHALLENGER: 2}
-    assert "is @champion; version 1 is @previous" in command("promote", capsys=capsys)
+    with pytest.raises(RegistryError, match="the gate says 'challenger'.*promote 2 --force"):
+        command("promote", capsys=capsys)
+    forced = ("promote", "--force", "--reason", "a demonstration")
+    assert "is @champion; version 1 is @previous" in command(*forced, capsys=capsys)
+    assert registry.version(2).tags[FORCED_TAG] == "a demonstration"
+    told = json.loads(command("lineage", "2", "--json", capsys=capsys))
+    assert told["promotions"][-1]["reason"] == "forced: a demonstration"
     assert registry.aliases() == {CHAMPION: 2, PREVIOUS: 1}
     assert "version 1 is @champion again" in command("rollback", capsys=capsys)
     assert registry.aliases() == {CHAMPION: 1}
