@@ -159,7 +159,7 @@ def _checked_evidence(evidence: dict[str, Any], version: int) -> dict[str, Any]:
         raise ValueError(f"{EVIDENCE} of format {version} holds {sorted(evidence)}")
     if (calibration := evidence.get("calibration")) is not None:
         temperature = calibration["temperature"]
-        if not (isinstance(temperature, float | int) and 0 < temperature < math.inf):
+        if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
             raise ValueError(f"the temperature is {temperature!r}")
     return evidence
 
