@@ -102,15 +102,22 @@ def release(as_json: AsJson = False) -> None:
 @app.command()
 def promote(
     version: Annotated[int | None, typer.Argument(help="Version [default: @challenger].")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Though the gate did not pass it.")
+    ] = False,
+    reason: Annotated[str | None, typer.Option(help="Why; recorded. Needed with --force.")] = None,
     model: Model = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a registered version the champion, whatever the gate said.
+    """Make a registered version the champion.
 
-    The version must have passed its smoke test, and its bundle must be the one that was
-    registered. The old champion stays registered as @previous; `metaloom rollback` brings it back.
-    Moving the alias in MLflow does the same, without these checks.
+    One that the gate did not pass needs --force and --reason: the reason is kept in the record of
+    promotions and as a tag of the version. Forced or not, a version must have passed its smoke
+    test, and its bundle must be the one that was registered. The old champion stays registered
+    as @previous; `metaloom rollback` brings it back. Moving the alias in MLflow does the same,
+    without these checks.
     """
+    from pipeline.deploy.by_hand import promote_by_hand
     from pipeline.deploy.champions import CHALLENGER
     from pipeline.deploy.registry import Registry
 
@@ -120,7 +127,7 @@ def promote(
         raise RegistryError(
             f"{registry.name} has no challenger. Name the version: `metaloom promote VERSION`."
         )
-    old = registry.promote(registry.version(number))
+    old = promote_by_hand(registry, registry.version(number), force=force, reason=reason)
     was = f"; version {old.number} is @previous" if old else ""
     _say(as_json, f"{registry.name}: version {number} is @champion{was}.", registry.aliases())
 

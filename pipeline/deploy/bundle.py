@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,15 @@ from pipeline.core.errors import ArtefactError, PipelineError
 from pipeline.core.files import MANIFEST, canonical_json, new_folder, read_json, sha256_file, verify
 from pipeline.engine.learner import DESCRIPTION, WEIGHTS, Learner, load_learner
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 EVIDENCE, CARD = "evaluation.json", "card.md"
 FILES = frozenset({WEIGHTS, DESCRIPTION, EVIDENCE, CARD})
-_HEADER = {"kind": "metaloom bundle", "format_version": FORMAT_VERSION}
+_KIND = "metaloom bundle"
+_HEADER = {"kind": _KIND, "format_version": FORMAT_VERSION}
+_EVIDENCE_KEYS = {
+    1: {"domain", "settings"},  # before there was a temperature: it is 1
+    FORMAT_VERSION: {"domain", "settings", "calibration", "robustness"},
+}
 
 
 @dataclass(frozen=True)
@@ -28,14 +34,35 @@ class Bundle:
     domain: str
     evaluation: dict[str, Any]
     """Measured numbers with their protocols, by setting ("5w1s")."""
+    calibration: dict[str, Any] | None
+    """The fitted temperature, and what it was fitted on; None where there is none."""
+    robustness: dict[str, Any] | None
+    """Accuracies with spoilt queries, by severity; None where they were not tried."""
     card: str
     digest: str
     """SHA-256 of the manifest, which vouches for everything else."""
     weights_digest: str
 
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by for honest confidences; 1 where none was fitted."""
+        return 1.0 if self.calibration is None else float(self.calibration["temperature"])
+
+    @property
+    def weights_bytes(self) -> int:
+        """Size of the weights on disk."""
+        return (self.folder / WEIGHTS).stat().st_size
+
 
 def make_bundle(
-    target: Path, learner_folder: Path, evaluation: dict[str, Any], *, domain: str, card: str
+    target: Path,
+    learner_folder: Path,
+    evaluation: dict[str, Any],
+    *,
+    domain: str,
+    card: str,
+    calibration: dict[str, Any] | None = None,
+    robustness: dict[str, Any] | None = None,
 ) -> Bundle:
     """Gather a sealed learner and its measured numbers into a bundle.
 
@@ -44,12 +71,19 @@ def make_bundle(
     Args:
         evaluation: metrics by setting, as `evaluate` wrote them for this domain.
         card: the model card, Markdown.
+        calibration: of `CalibrationFit`: its `temperature` is what serving divides logits by.
+        robustness: of `Robustness`.
     """
     verify(learner_folder)
     with new_folder(target, **_HEADER) as folder:
         for name in (WEIGHTS, DESCRIPTION):
             shutil.copyfile(learner_folder / name, folder / name)
-        evidence = {"domain": domain, "settings": evaluation}
+        evidence = {
+            "domain": domain,
+            "settings": evaluation,
+            "calibration": calibration,
+            "robustness": robustness,
+        }
         (folder / EVIDENCE).write_text(canonical_json(evidence), encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
     return load_bundle(target)
@@ -66,7 +100,7 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
             bundle, or no bundle that this version can open.
     """
     before = _digest_of(folder)
-    _check_manifest(folder)
+    version = _check_manifest(folder)
     found = sha256_file(folder / MANIFEST)
     if digest is not None and found != digest:
         raise ArtefactError(
@@ -75,12 +109,14 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
         )
     try:
         learner = load_learner(folder)
-        evidence = read_json(folder / EVIDENCE)
+        evidence = _checked_evidence(read_json(folder / EVIDENCE), version)
         bundle = Bundle(
             folder=folder,
             learner=learner,
             domain=str(evidence["domain"]),
             evaluation=dict(evidence["settings"]),
+            calibration=evidence.get("calibration"),
+            robustness=evidence.get("robustness"),
             card=(folder / CARD).read_text(encoding="utf-8"),
             digest=found,
             weights_digest=sha256_file(folder / WEIGHTS),
@@ -113,8 +149,27 @@ def _digest_of(folder: Path) -> str | None:
         return None
 
 
-def _check_manifest(folder: Path) -> None:
-    """Everything is as it was sealed, it is a bundle of our format, and nothing is beside it."""
+def _checked_evidence(evidence: dict[str, Any], version: int) -> dict[str, Any]:
+    """Exactly what its format holds, and a temperature that can be divided by.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if set(evidence) != _EVIDENCE_KEYS[version]:
+        raise ValueError(f"{EVIDENCE} of format {version} holds {sorted(evidence)}")
+    if (calibration := evidence.get("calibration")) is not None:
+        temperature = calibration["temperature"]
+        if type(temperature) not in (int, float) or not 0 < temperature < math.inf:
+            raise ValueError(f"the temperature is {temperature!r}")
+    return evidence
+
+
+def _check_manifest(folder: Path) -> int:
+    """Everything is as it was sealed, it is a bundle of ours, and nothing is beside it.
+
+    Returns:
+        Its format version.
+    """
     manifest = verify(folder)
     files = set(manifest.pop("files"))
     if files != FILES:
@@ -122,10 +177,12 @@ def _check_manifest(folder: Path) -> None:
             f"{folder} is no bundle: it must hold exactly {sorted(FILES)}; "
             f"missing {sorted(FILES - files)}, extra {sorted(files - FILES)}."
         )
-    if manifest != _HEADER:
+    version = manifest.get("format_version")
+    if manifest != {"kind": _KIND, "format_version": version} or version not in (1, FORMAT_VERSION):
         raise ArtefactError(
-            f"{folder} is no bundle of format {FORMAT_VERSION}: its manifest says {manifest}. "
+            f"{folder} is no bundle of format 1 or {FORMAT_VERSION}: its manifest says {manifest}. "
             "Use the version that made it, or make it again (`dvc repro`)."
         )
     if extra := [p for p in folder.iterdir() if p.name not in FILES | {MANIFEST}]:
         raise ArtefactError(f"{folder} holds what no bundle holds: {extra[0].name!r}. Remove it.")
+    return int(version)

@@ -19,12 +19,20 @@ _OWN = "The pictures are your own: check that their licence and consent cover th
 
 
 def model_card(
-    name: str, learner: Learner, store: Store, evaluation: Mapping[str, Mapping[str, Any]]
+    name: str,
+    learner: Learner,
+    store: Store,
+    evaluation: Mapping[str, Mapping[str, Any]],
+    *,
+    calibration: Mapping[str, Any],
+    robustness: Mapping[str, Any] | None,
 ) -> str:
     """A Markdown card; the same model, data and numbers give the same text.
 
     Args:
         evaluation: metrics by setting, as `evaluate` wrote them for the store's domain.
+        calibration: of `CalibrationFit`.
+        robustness: of `Robustness`, if it was tried with spoilt queries.
     """
     return (
         "\n\n".join(
@@ -33,6 +41,8 @@ def model_card(
                 "Learns new classes from a few labelled pictures each, without training: send a "
                 "support set and queries, get labels and probabilities back.",
                 f"## Measured\n\n{_measured(evaluation)}",
+                f"## Confidence\n\n{_confidence(calibration)}",
+                f"## Spoilt queries\n\n{_spoilt(robustness)}",
                 f"## Model\n\n{_model(learner)}",
                 f"## Data\n\n{_data(store)}",
                 f"## Limits\n\n{_limits(learner, store)}",
@@ -80,6 +90,33 @@ def _protocol(evaluation: Mapping[str, Mapping[str, Any]]) -> str:
         f"Protocol: {stated or 'not recorded'}. All columns are measured on the same frozen "
         "episodes of classes that no training has seen. “5w1s” is 5 ways (classes) and 1 shot "
         "(example of each)."
+    )
+
+
+def _confidence(calibration: Mapping[str, Any]) -> str:
+    errors = [calibration[key] for key in ("ece_before", "ece_after")]
+    before, after = ("–" if error is None else f"{error:.4f}" for error in errors)
+    return (
+        f"Temperature {calibration['temperature']:.4f}, fitted on the frozen validation episodes, "
+        f"where it takes the calibration error from {before} to {after}. Divide the logarithms of "
+        "the probabilities by it and normalise them anew; the table above is without it."
+    )
+
+
+def _spoilt(robustness: Mapping[str, Any] | None) -> str:
+    if robustness is None:
+        return "Not measured."
+    severities = robustness["severities"]
+    names = sorted({name for found in severities.values() for name in found["corruptions"]})
+    head = ["Severity", "All", *(name.replace("_", " ") for name in names)]
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    for severity, found in severities.items():
+        shares = [found["accuracy"], *(found["corruptions"].get(name) for name in names)]
+        cells = [severity, *("–" if share is None else f"{share:.1%}" for share in shares)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + (
+        f"\n\nAccuracy in {robustness['setting']} on {robustness['episodes']:,} test episodes with "
+        f"clean support examples; with clean queries it is {robustness['clean']:.1%}."
     )
 
 

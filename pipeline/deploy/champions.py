@@ -282,7 +282,8 @@ class Champions:
             f"{since.champion or 'none'} ({winner.kind} by {winner.by} at {winner.at}: "
             f"{winner.reason}; record {winner.number} of {self.record_name}). Look at it: "
             f"`metaloom lineage {winner.champion}`. To have version {champion} judged against it: "
-            f"`dvc repro deploy`; to choose it all the same: `metaloom promote {champion}`."
+            f"`dvc repro deploy`; to choose it all the same: `metaloom promote {champion}`, with "
+            "`--force --reason ...` where the gate did not pass it."
         )
 
 

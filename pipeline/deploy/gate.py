@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from pipeline.core.config import Section
+from pipeline.deploy.evidence import Answers, Costs, Scores
+from pipeline.deploy.rule import Bootstrap, Rule
+from pipeline.deploy.safety import (
+    budget_rules,
+    calibration_rules,
+    group_rules,
+    robustness_rules,
+)
 from pipeline.domains.table import DOMAINS
+from pipeline.evaluation.robustness import Robustness
 from pipeline.evaluation.scoring import EpisodeScores
-from pipeline.evaluation.statistics import BootstrapInterval, class_bootstrap, mean_interval
-
-Scores: TypeAlias = Mapping[str, EpisodeScores]
-"""One learner's answers on the frozen test episodes, by setting ("5w1s")."""
+from pipeline.evaluation.statistics import mean_interval
 
 Setting: TypeAlias = Annotated[str, Field(pattern=r"^\d+w\d+s$")]
 
@@ -47,6 +53,21 @@ class GateConfig(Section):
     """Bootstrap draws over the test classes."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Of the bootstrap draws: the same scores give the same decision."""
+    min_group_classes: int = Field(default=5, ge=2)
+    """Groups of fewer test classes (scripts, alphabets) are named as not judged; in the others
+    the champion must not be better by more than the margin."""
+    max_calibration_error: Accuracy = 0.05
+    """Of the confidences with the fitted temperature, in each setting. The default model has 0.002
+    to 0.014, an untrained one 0.04 to 0.44."""
+    robustness_margin: Accuracy = 0.01
+    """With spoilt queries the champion must not be better by more than this, at each severity."""
+    max_drops: tuple[Accuracy, Accuracy, Accuracy] = (0.05, 0.25, 0.5)
+    """Without a champion: the most accuracy that spoilt queries may cost, by severity. The default
+    model loses 0.02, 0.15 and 0.37."""
+    max_latency_milliseconds: PositiveFloat = 1000.0
+    """Median time to adapt and answer 5 ways, 1 shot, 15 queries on one thread."""
+    max_weights_bytes: PositiveInt = 100_000_000
+    """Size of the weights, which every replica loads."""
 
     @field_validator("floors")
     @classmethod
@@ -59,18 +80,15 @@ class GateConfig(Section):
                 raise ValueError(f"there is no domain {name!r}; {near[0]!r} was meant, it seems")
         return floors
 
+    @property
+    def bootstrap(self) -> Bootstrap:
+        """How answers are compared."""
+        return Bootstrap(self.confidence, self.num_bootstrap, self.seed)
 
-@dataclass(frozen=True)
-class Rule:
-    """One requirement and how it came out."""
-
-    rule: Literal["finite", "floor", "beats_baseline", "comparable", "beats_champion", "no_harm"]
-    setting: str | None
-    value: float | None
-    """What was measured; must be above `limit`."""
-    limit: float | None
-    passed: bool
-    reason: str
+    def first_primary(self, settings: Iterable[str]) -> str:
+        """The setting whose queries are spoilt: the first primary one that is evaluated."""
+        known = list(settings)
+        return next((name for name in self.primary if name in known), known[0])
 
 
 @dataclass(frozen=True)
@@ -92,10 +110,12 @@ def decide(
     config: GateConfig,
     *,
     domain: str,
-    challenger: Scores,
+    groups: Sequence[str],
+    challenger: Answers,
     challenger_digest: str,
+    costs: Costs,
     baselines: Mapping[str, Scores],
-    champion: Scores | None = None,
+    champion: Answers | None = None,
     champion_digest: str | None = None,
     champion_problem: str | None = None,
 ) -> Decision:
@@ -103,10 +123,13 @@ def decide(
 
     The first model that meets the floors becomes the champion. A later one must also beat the
     champion on the same episodes: the lower bound of the class-clustered bootstrap of the
-    difference lies above -margin in every primary setting, and in no other setting does its
-    upper bound lie below -margin.
+    difference lies above -margin in every primary setting, and in no other setting, and in no
+    group of classes, does its upper bound lie below -margin. Either must be calibrated, bear
+    spoilt queries, and keep to the budgets.
 
     Args:
+        groups: the group of every class of the store.
+        costs: what serving the new model takes.
         challenger_digest: SHA-256 of the new weights.
         baselines: scores by baseline name; used where the domain has no floors.
         champion: scores of the present champion, `None` where there is no champion or where it
@@ -117,10 +140,25 @@ def decide(
     """
     if champion_digest is not None and champion_digest == challenger_digest:
         return Decision("champion", True, "These weights are the champion already.", ())
-    rules = list(_finite(challenger))
-    rules += _floors(config, domain, challenger, baselines)
-    if champion_digest is not None or champion is not None:
-        rules += _against_champion(config, challenger, champion, champion_problem)
+    rules = list(_finite(challenger.scores))
+    rules += _floors(config, domain, challenger.scores, baselines)
+    rules += calibration_rules(challenger.scores, config.max_calibration_error)
+    rules += budget_rules(
+        costs,
+        max_latency_milliseconds=config.max_latency_milliseconds,
+        max_weights_bytes=config.max_weights_bytes,
+    )
+    if champion_digest is None and champion is None:
+        rules += _robustness(config, challenger, None)
+    elif problem := champion_problem or _not_comparable(challenger, champion):
+        reason = (
+            f"The champion cannot be compared: {problem}. A person must decide (`metaloom promote "
+            "VERSION --force --reason ...`)."
+        )
+        rules.append(Rule("comparable", None, None, None, False, reason))
+    elif champion is not None:
+        rules += _against_champion(config, challenger.scores, champion.scores, groups)
+        rules += _robustness(config, challenger, champion)
     failed = [rule for rule in rules if not rule.passed]
     if failed:
         return Decision("challenger", False, " ".join(r.reason for r in failed), tuple(rules))
@@ -183,32 +221,63 @@ def _beats_baseline(
 
 
 def _against_champion(
-    config: GateConfig, challenger: Scores, champion: Scores | None, problem: str | None
+    config: GateConfig, challenger: Scores, champion: Scores, groups: Sequence[str]
 ) -> Iterable[Rule]:
-    if problem is None and champion is None:
-        problem = "it was not scored"
-    if problem is None and champion is not None:
-        problem = _different_episodes(challenger, champion)
-    if problem is not None or champion is None:
-        reason = (
-            f"The champion cannot be compared: {problem}. A person must promote "
-            "(`metaloom promote`)."
-        )
-        return [Rule("comparable", None, None, None, False, reason)]
-    rules = []
     for setting in dict.fromkeys([*_primary(config, challenger), *challenger]):
         if setting not in challenger:
             reason = (
                 f"{setting}: is a primary setting of the gate and was not evaluated; add it to "
                 "sample_tasks."
             )
-            rules.append(Rule("beats_champion", setting, None, None, False, reason))
+            yield Rule("beats_champion", setting, None, None, False, reason)
             continue
         primary = setting in _primary(config, challenger)
         kind: Comparison = "beats_champion" if primary else "no_harm"
         pair = (challenger[setting], champion[setting])
-        rules.append(_compare(config, kind, setting, *pair, "the champion", -config.margin))
-    return rules
+        yield _compare(config, kind, setting, *pair, "the champion", 0.0 - config.margin)
+    yield from group_rules(
+        challenger,
+        champion,
+        groups,
+        config.bootstrap,
+        margin=config.margin,
+        min_classes=config.min_group_classes,
+    )
+
+
+def _robustness(
+    config: GateConfig, challenger: Answers, champion: Answers | None
+) -> Iterable[Rule]:
+    if challenger.robustness is None:
+        return ()
+    return robustness_rules(
+        challenger.robustness,
+        champion.robustness if champion else None,
+        config.bootstrap,
+        margin=config.robustness_margin,
+        max_drops=config.max_drops,
+    )
+
+
+def _not_comparable(challenger: Answers, champion: Answers | None) -> str | None:
+    """Why two learners cannot be compared, or None."""
+    if champion is None:
+        return "it was not scored"
+    if problem := _different_episodes(challenger.scores, champion.scores):
+        return problem
+    ours, theirs = challenger.robustness, champion.robustness
+    if (ours is None) != (theirs is None):
+        return "only one of the two was tried with spoilt queries"
+    if ours is None or theirs is None:
+        return None
+    return _different_episodes(_by_name(ours), _by_name(theirs))
+
+
+def _by_name(robustness: Robustness) -> Scores:
+    return {
+        f"{robustness.setting} severity {severity}": scores
+        for severity, scores in robustness.spoilt.items()
+    }
 
 
 def _different_episodes(challenger: Scores, champion: Scores) -> str | None:
@@ -230,7 +299,7 @@ def _compare(
     name: str,
     limit: float,
 ) -> Rule:
-    bounds = _bootstrap(config, ours, theirs)
+    bounds = config.bootstrap.difference(ours, theirs)
     value = bounds.upper if kind == "no_harm" else bounds.lower
     passed = value >= limit if kind == "no_harm" else value > limit
     end = "at most" if kind == "no_harm" else "at least"
@@ -239,14 +308,3 @@ def _compare(
         f"{value:+.4f} over {bounds.num_classes} resampled classes; the limit is {limit:+.4f}."
     )
     return Rule(kind, setting, value, limit, passed, reason)
-
-
-def _bootstrap(config: GateConfig, ours: EpisodeScores, theirs: EpisodeScores) -> BootstrapInterval:
-    return class_bootstrap(
-        ours.query_class,
-        ours.predicted_class,
-        theirs.predicted_class,
-        num_draws=config.num_bootstrap,
-        confidence=config.confidence,
-        seed=config.seed,
-    )

@@ -16,9 +16,11 @@ from pipeline.core.config import Section
 from pipeline.core.errors import ArtefactError, PipelineError, RegistryError
 from pipeline.core.files import read_json
 from pipeline.deploy.bundle import Bundle, make_bundle
+from pipeline.deploy.by_hand import VERDICT_REASON_TAG, VERDICT_TAG
 from pipeline.deploy.card import model_card
 from pipeline.deploy.champions import ROLLED_BACK_TAG
-from pipeline.deploy.gate import Decision, GateConfig, Scores, decide
+from pipeline.deploy.evidence import Answers, Costs, answers, measure_latency, num_scored
+from pipeline.deploy.gate import Decision, GateConfig, decide
 from pipeline.deploy.lineage import PARENT_RUN_TAG, TRAINING_RUN_TAG, source_tags
 from pipeline.deploy.patience import UnansweredError
 from pipeline.deploy.promotions import NOBODY, LostRaceError, Standing
@@ -26,7 +28,8 @@ from pipeline.deploy.registry import PASSED, SMOKE_TAG, Registry, Version
 from pipeline.deploy.smoke import SmokeConfig, SmokeResult, Trial, make_trial, smoke_test
 from pipeline.engine.learner import Learner, load_learner
 from pipeline.evaluation.baselines import pixel_learner, untrained
-from pipeline.evaluation.scoring import score_sets
+from pipeline.evaluation.robustness import RobustnessConfig
+from pipeline.evaluation.temperature import fit_calibration
 from pipeline.runtime.lineage import content_hash
 from pipeline.runtime.logs import progress
 from pipeline.runtime.mlflow_tracker import quiet_environment
@@ -35,7 +38,7 @@ from pipeline.store.reader import Store, open_store
 from pipeline.tasks.frozen import FrozenEpisodes, read_episodes
 
 EXAMPLE_QUERIES = 5
-_ALIAS_TAG, _REASON_TAG, _RULES_TAG = "gate.verdict", "gate.reason", "gate.rules"
+_RULES_TAG = "gate.rules"
 
 
 class DeployConfig(Section):
@@ -45,6 +48,8 @@ class DeployConfig(Section):
     """Registered as <model_name>-<domain>."""
     gate: GateConfig = GateConfig()
     """When a version becomes the champion."""
+    robustness: RobustnessConfig = RobustnessConfig()
+    """On what a model is tried with spoilt queries."""
     smoke: SmokeConfig = SmokeConfig()
     """The trial run of the registered version."""
 
@@ -66,12 +71,16 @@ class Candidate:
     bundle: Bundle
     store: Store
     episodes: Mapping[str, FrozenEpisodes]
+    answers: Answers
+    """On these episodes."""
     name: str
     """Of the registered model."""
 
 
 def prepare(config: DeployConfig, sources: Sources, target: Path) -> Candidate:
-    """Make the bundle of the trained learner in `target`.
+    """Make the bundle of the trained learner in `target`, with what it takes to judge it.
+
+    The temperature comes from the validation episodes; the test episodes only measure.
 
     Raises:
         ArtefactError: the stages' outputs do not belong together.
@@ -82,11 +91,26 @@ def prepare(config: DeployConfig, sources: Sources, target: Path) -> Candidate:
     learner = load_learner(sources.learner)
     numbers = read_json(sources.evaluation)
     _check_belongs(numbers.get(domain, {}), episodes, store, sources.evaluation)
+    validation = read_episodes(sources.tasks, "val")
+    _check_same_store(validation, store)
     name = f"{config.model_name}-{domain}"
     evaluation = numbers[domain]
-    card = model_card(name, learner, store, evaluation)
-    bundle = make_bundle(target, sources.learner, evaluation, domain=domain, card=card)
-    return Candidate(bundle, store, episodes, name)
+    fit = fit_calibration(learner, store, validation)
+    found = _answers(config, {"model": (learner, fit.temperature)}, store, episodes)["model"]
+    spoilt = found.robustness.as_json() if found.robustness else None
+    card = model_card(
+        name, learner, store, evaluation, calibration=fit.as_json(), robustness=spoilt
+    )
+    bundle = make_bundle(
+        target,
+        sources.learner,
+        evaluation,
+        domain=domain,
+        card=card,
+        calibration=fit.as_json(),
+        robustness=spoilt,
+    )
+    return Candidate(bundle, store, episodes, found, name)
 
 
 def deploy(
@@ -171,6 +195,16 @@ def _check_belongs(
             )
 
 
+def _check_same_store(validation: Mapping[str, FrozenEpisodes], store: Store) -> None:
+    """A temperature must not be fitted on other pictures than the episodes mean."""
+    for name, frozen in validation.items():
+        if frozen.protocol["store_digest"] != store.digest:
+            raise ArtefactError(
+                f"the {name} validation episodes were drawn from another store than "
+                f"{store.folder}. Bring everything up to date: `dvc repro`."
+            )
+
+
 def _trial(candidate: Candidate, max_queries: int) -> Trial:
     frozen = next(iter(candidate.episodes.values()))
     learner = candidate.bundle.learner
@@ -193,38 +227,42 @@ def _judge(
     if ROLLED_BACK_TAG in version.tags:
         reason = (
             f"A person rolled this version back at {version.tags[ROLLED_BACK_TAG]}; only a person "
-            "brings it back (`metaloom promote`)."
+            "brings it back (`metaloom promote VERSION --force --reason ...`)."
         )
         return Decision("challenger", False, reason, ())
-    learners = {"model": bundle.learner}
+    baselines: dict[str, Answers] = {}
     if bundle.domain not in gate.floors:
-        learners |= _baselines(bundle.learner, candidate.store)
-    scores = _score(learners, candidate)
-    theirs, digest, problem = _score_champion(registry, champion, candidate)
+        known = _baselines(bundle.learner, candidate.store)
+        plain = {name: (learner, 1.0) for name, learner in known.items()}
+        baselines = _answers(_without_spoiling(config), plain, candidate.store, candidate.episodes)
+    theirs, digest, problem = _answers_of_champion(config, registry, champion, candidate)
     return decide(
         gate,
         domain=bundle.domain,
-        challenger=scores.pop("model"),
+        groups=[one.group for one in candidate.store.classes],
+        challenger=candidate.answers,
         challenger_digest=bundle.weights_digest,
-        baselines=scores,
+        costs=Costs(measure_latency(bundle.learner), bundle.weights_bytes),
+        baselines={name: found.scores for name, found in baselines.items()},
         champion=theirs,
         champion_digest=digest,
         champion_problem=problem,
     )
 
 
-def _score_champion(
-    registry: Registry, champion: Version | None, candidate: Candidate
-) -> tuple[Scores | None, str | None, str | None]:
-    """The champion's scores and weights digest, or why it cannot be scored."""
+def _answers_of_champion(
+    config: DeployConfig, registry: Registry, champion: Version | None, candidate: Candidate
+) -> tuple[Answers | None, str | None, str | None]:
+    """The champion's answers and weights digest, or why it cannot be scored."""
     if champion is None:
         return None, None, None
     digest = champion.tags.get("metaloom.weights", "unknown")
     try:
         with tempfile.TemporaryDirectory() as scratch:
             bundle = registry.fetch(champion, Path(scratch) / "bundle")
-            scores = _score({"champion": bundle.learner}, candidate)["champion"]
-            return scores, bundle.weights_digest, None
+            one = {"champion": (bundle.learner, bundle.temperature)}
+            found = _answers(config, one, candidate.store, candidate.episodes)
+            return found["champion"], bundle.weights_digest, None
     except UnansweredError:
         raise
     except PipelineError as error:
@@ -234,16 +272,35 @@ def _score_champion(
         return None, digest, f"version {champion.number}: {error}"
 
 
-def _score(learners: Mapping[str, Learner], candidate: Candidate) -> dict[str, Scores]:
-    total = len(learners) * sum(len(e.support_rows) for e in candidate.episodes.values())
-    scores: dict[str, Scores] = {}
+def _answers(
+    config: DeployConfig,
+    learners: Mapping[str, tuple[Learner, float]],
+    store: Store,
+    episodes: Mapping[str, FrozenEpisodes],
+) -> dict[str, Answers]:
+    """Of learners, each with its temperature, on all test episodes."""
+    primary = config.gate.first_primary(episodes)
+    total = len(learners) * num_scored(episodes, config.robustness, primary)
+    found: dict[str, Answers] = {}
     with progress("gate", total=total, unit="episodes") as bar:
-        for name, learner in learners.items():
+        for name, (learner, temperature) in learners.items():
             bar.note(learner=name)
-            scores[name] = score_sets(
-                learner, candidate.store, candidate.episodes, advance=bar.advance
+            found[name] = answers(
+                learner,
+                store,
+                episodes,
+                config.robustness,
+                primary=primary,
+                temperature=temperature,
+                advance=bar.advance,
             )
-    return scores
+    return found
+
+
+def _without_spoiling(config: DeployConfig) -> DeployConfig:
+    """Baselines are beaten on clean queries."""
+    none = config.robustness.model_copy(update={"num_episodes": 0})
+    return config.model_copy(update={"robustness": none})
 
 
 def _baselines(learner: Learner, store: Store) -> dict[str, Learner]:
@@ -273,15 +330,15 @@ def _move_aliases(
     try:
         registry.promote(version, since=since, reason=f"the gate: {decision.reason}")
     except LostRaceError as error:
-        registry.tag(version, {_ALIAS_TAG: "overtaken", _REASON_TAG: str(error)})
+        registry.tag(version, {VERDICT_TAG: "overtaken", VERDICT_REASON_TAG: str(error)})
         raise
 
 
 def _decision_tags(decision: Decision, smoke: SmokeResult) -> dict[str, str]:
     record = decision.as_json()
     return {
-        _ALIAS_TAG: decision.verdict,
-        _REASON_TAG: decision.reason,
+        VERDICT_TAG: decision.verdict,
+        VERDICT_REASON_TAG: decision.reason,
         _RULES_TAG: json.dumps(record["rules"]),
         SMOKE_TAG: PASSED if smoke.passed else f"failed: {smoke.reason}"[:1000],
     }

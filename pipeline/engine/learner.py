@@ -97,11 +97,14 @@ class Learner:
         inputs = self.preprocessing(support)
         return self.algorithm.adapt(self.model, self.params, inputs, labels, num_ways)
 
+    def logits(self, adapted: Adapted, query: Tensor | np.ndarray[Any, Any]) -> Tensor:
+        """Log probabilities [Q, N] up to a constant, of uint8 pictures [Q, C, H, W]."""
+        inputs = self.preprocessing(query)
+        return self.algorithm.predict(self.model, self.params, adapted, inputs).float()
+
     def predict(self, adapted: Adapted, query: Tensor | np.ndarray[Any, Any]) -> Tensor:
         """Class probabilities [Q, N] of uint8 pictures [Q, C, H, W]."""
-        inputs = self.preprocessing(query)
-        logits = self.algorithm.predict(self.model, self.params, adapted, inputs)
-        return F.softmax(logits.float(), dim=-1)
+        return F.softmax(self.logits(adapted, query), dim=-1)
 
     @property
     def name(self) -> str:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,6 @@ from pipeline.core.functional import BACKBONE, Model
 from pipeline.engine.learner import Learner
 from pipeline.runtime.collectives import gather_shares, share
 from pipeline.runtime.context import SINGLE, Context
-from pipeline.store.reader import Store
 from pipeline.tasks.frozen import FrozenEpisodes
 
 _ROWS_PER_CHUNK = 256  # fixed, so that features do not depend on the number of workers
@@ -48,6 +49,22 @@ class EpisodeScores:
         return means
 
 
+@runtime_checkable
+class PictureSource(Protocol):
+    """What episodes' rows are rows of: a store, or one whose pictures were changed."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of every picture."""
+
+    @property
+    def folder(self) -> Path:
+        """For messages."""
+
+    def gather(self, rows: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
+        """Pictures [n, C, H, W] of rows [n]."""
+
+
 class Features(NamedTuple):
     """Pictures embedded once, for every set of episodes that uses them."""
 
@@ -59,30 +76,32 @@ class Features(NamedTuple):
 
 def score_sets(
     learner: Learner,
-    store: Store,
+    store: PictureSource,
     episodes: Mapping[str, FrozenEpisodes],
     *,
     context: Context = SINGLE,
+    temperature: float = 1.0,
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, EpisodeScores]:
     """`score` on several sets of episodes; where features are cached, all sets share them."""
     features = None
     if caches_features(learner):
         features = embed_once(learner, store, episodes.values(), context)
-    return {
-        name: score(learner, store, one, context=context, features=features, advance=advance)
-        for name, one in episodes.items()
-    }
+    one = partial(
+        score, learner, store, context=context, features=features, temperature=temperature
+    )
+    return {name: one(frozen, advance=advance) for name, frozen in episodes.items()}
 
 
 def score(
     learner: Learner,
-    store: Store,
+    store: PictureSource,
     episodes: FrozenEpisodes,
     *,
     context: Context = SINGLE,
     cache_features: bool = True,
     features: Features | None = None,
+    temperature: float = 1.0,
     advance: Callable[[int], None] | None = None,
 ) -> EpisodeScores:
     """Adapt to every support set, answer every query.
@@ -95,25 +114,16 @@ def score(
         context: the workers that share the work; each gets the whole result.
         cache_features: False looks at the pictures of each episode anew, to check the cache.
         features: of all the rows of these episodes, if they are at hand.
+        temperature: what the logits are divided by; it changes confidences, never an answer.
         advance: called with the number of episodes that this worker has just finished.
     """
-    if learner.preprocessing.image_shape != store.image_shape:
-        raise ArtefactError(
-            f"the learner takes pictures of shape {learner.preprocessing.image_shape}, the store "
-            f"{store.folder} holds {store.image_shape}. Evaluate on a store made with its settings."
-        )
     own = share(len(episodes.support_rows), context.rank, context.world_size)
     cached = cache_features and caches_features(learner)
-    if cached:
-        features = features or embed_once(learner, store, [episodes], context)
-        probabilities = _on_features(learner, episodes, features)
-    else:
-        probabilities = _on_pictures(learner, store, episodes, context)
+    logits = _logits(learner, store, episodes, context, features, cached=cached)
     parts = []
     for start in range(own.start, own.stop, _EPISODES_PER_CHUNK):
         chunk = range(start, min(start + _EPISODES_PER_CHUNK, own.stop))
-        best = probabilities(chunk).max(dim=-1)
-        parts.append(torch.stack([best.values.double(), best.indices.double()], dim=-1))
+        parts.append(_best(logits(chunk), temperature))
         if advance is not None:
             advance(len(chunk))
     width = episodes.query_rows.shape[1]
@@ -124,6 +134,28 @@ def score(
     return _as_scores(episodes, answers[..., 0], answers[..., 1].astype(np.int64))
 
 
+def _best(logits_eQN: Tensor, temperature: float) -> Tensor:
+    """Confidence and answer [e, Q, 2]; the answer is what serving gives, before any temperature."""
+    answer = F.softmax(logits_eQN, dim=-1).argmax(dim=-1)
+    confidence = F.softmax(logits_eQN / temperature, dim=-1).amax(dim=-1)
+    return torch.stack([confidence.double(), answer.double()], dim=-1)
+
+
+def query_logits(
+    learner: Learner, store: PictureSource, episodes: FrozenEpisodes
+) -> npt.NDArray[np.float64]:
+    """Logits [E, Q, N] of every query, in the order of the episode's labels; in one process.
+
+    The answers of `score` are their maxima. Large: 8 bytes for each query and class.
+    """
+    logits = _logits(learner, store, episodes, SINGLE, None, cached=caches_features(learner))
+    num = len(episodes.support_rows)
+    starts = range(0, num, _EPISODES_PER_CHUNK)
+    chunks = [logits(range(i, min(i + _EPISODES_PER_CHUNK, num))).double().cpu() for i in starts]
+    everything: npt.NDArray[np.float64] = torch.cat(chunks).numpy()
+    return everything
+
+
 def caches_features(learner: Learner) -> bool:
     """Whether a picture's features are the same in every episode."""
     fixed = learner.model.batch_norm == "running" and learner.model.statistics is not None
@@ -132,7 +164,10 @@ def caches_features(learner: Learner) -> bool:
 
 
 def embed_once(
-    learner: Learner, store: Store, episodes: Iterable[FrozenEpisodes], context: Context = SINGLE
+    learner: Learner,
+    store: PictureSource,
+    episodes: Iterable[FrozenEpisodes],
+    context: Context = SINGLE,
 ) -> Features:
     """Features of every distinct picture of some sets of episodes."""
     used = [rows.ravel() for one in episodes for rows in (one.support_rows, one.query_rows)]
@@ -140,10 +175,36 @@ def embed_once(
     return Features(rows, embed_rows(learner, store, rows, context))
 
 
+def _logits(
+    learner: Learner,
+    store: PictureSource,
+    episodes: FrozenEpisodes,
+    context: Context,
+    features: Features | None,
+    *,
+    cached: bool,
+) -> Callable[[range], Tensor]:
+    """Logits [e, Q, N] of a chunk of episodes.
+
+    Raises:
+        ArtefactError: the store holds pictures of another shape.
+    """
+    if learner.preprocessing.image_shape != store.image_shape:
+        raise ArtefactError(
+            f"the learner takes pictures of shape {learner.preprocessing.image_shape}, the store "
+            f"{store.folder} holds {store.image_shape}. Evaluate on a store made with its settings."
+        )
+    if cached:
+        return _on_features(
+            learner, episodes, features or embed_once(learner, store, [episodes], context)
+        )
+    return _on_pictures(learner, store, episodes, context)
+
+
 def _on_features(
     learner: Learner, episodes: FrozenEpisodes, features: Features
 ) -> Callable[[range], Tensor]:
-    """Class probabilities [e, Q, N] of a chunk of episodes, from features embedded once."""
+    """Logits [e, Q, N] of a chunk of episodes, from features embedded once."""
     wanted = np.concatenate([episodes.support_rows, episodes.query_rows], axis=1)
     index = torch.as_tensor(np.searchsorted(features.rows, wanted))
     features_RD = features.values
@@ -157,9 +218,9 @@ def _on_features(
     def one(support: Tensor, support_y: Tensor, query: Tensor) -> Tensor:
         algorithm = learner.algorithm
         adapted = algorithm.adapt(head, own_params, support, support_y, episodes.num_ways)
-        return F.softmax(algorithm.predict(head, own_params, adapted, query).float(), dim=-1)
+        return algorithm.predict(head, own_params, adapted, query).float()
 
-    def probabilities(chunk: range) -> Tensor:
+    def logits(chunk: range) -> Tensor:
         picked = features_RD[index[chunk.start : chunk.stop].to(features_RD.device)]
         chosen_labels = labels[chunk.start : chunk.stop].to(features_RD.device)
         result: Tensor = torch.vmap(one)(
@@ -167,25 +228,25 @@ def _on_features(
         )
         return result
 
-    return probabilities
+    return logits
 
 
 def _on_pictures(
-    learner: Learner, store: Store, episodes: FrozenEpisodes, context: Context
+    learner: Learner, store: PictureSource, episodes: FrozenEpisodes, context: Context
 ) -> Callable[[range], Tensor]:
-    """Class probabilities [e, Q, N] of a chunk of episodes, one episode at a time."""
+    """Logits [e, Q, N] of a chunk of episodes, one episode at a time."""
 
     def one(e: int) -> Tensor:
         support = _pictures(store, episodes.support_rows[e], context)
         labels = torch.as_tensor(episodes.support_labels[e].astype(np.int64), device=context.device)
         adapted = learner.adapt(support, labels, episodes.num_ways)
-        return learner.predict(adapted, _pictures(store, episodes.query_rows[e], context))
+        return learner.logits(adapted, _pictures(store, episodes.query_rows[e], context))
 
     return lambda chunk: torch.stack([one(e) for e in chunk])
 
 
 def embed_rows(
-    learner: Learner, store: Store, rows: npt.NDArray[Any], context: Context = SINGLE
+    learner: Learner, store: PictureSource, rows: npt.NDArray[Any], context: Context = SINGLE
 ) -> Tensor:
     """Features [R, D] of store rows [R], shared among the workers in chunks of a fixed size."""
     chunks = [rows[i : i + _ROWS_PER_CHUNK] for i in range(0, len(rows), _ROWS_PER_CHUNK)]
@@ -202,7 +263,7 @@ def embed_rows(
     return gather_shares(padded, len(chunks), context).flatten(0, 1)[: len(rows)]
 
 
-def _pictures(store: Store, rows: npt.NDArray[Any], context: Context) -> Tensor:
+def _pictures(store: PictureSource, rows: npt.NDArray[Any], context: Context) -> Tensor:
     return torch.as_tensor(store.gather(rows)).to(context.device)
 
 

@@ -255,6 +255,7 @@ def class_bootstrap(
     num_draws: int = 10_000,
     confidence: float = 0.95,
     seed: int = 0,
+    among: Array | None = None,
 ) -> BootstrapInterval:
     """Accuracy of first - second on the same queries, as it would vary over other test *classes*.
 
@@ -286,6 +287,8 @@ def class_bootstrap(
         first_answers: predicted class ids of the first learner [E, Q].
         second_answers: those of the second [E, Q].
         confidence: of the two-sided interval: at 0.95, `lower` is the 2.5 % point of the draws.
+        among: global ids of two or more classes whose queries alone count, a group of them: the
+            sums then run over pairs with the true class a in it, and T is their number.
 
     References:
         Owen, The pigeonhole bootstrap, Annals of Applied Statistics 2007, arXiv:0712.1111.
@@ -296,11 +299,12 @@ def class_bootstrap(
     """
     first = confusions(query_class, first_answers)
     second = confusions(query_class, second_answers)
-    T = len(first.classes)
-    off_diagonal = ~np.eye(T, dtype=bool)
-    gained = ((second.taken - first.taken) * off_diagonal).astype(np.float64)
-    asked = (first.asked * off_diagonal).astype(np.float64)
-    scale = asked.sum() / np.size(query_class)  # N - 1
+    counted = np.isin(first.classes, first.classes if among is None else among)
+    pairs = counted[:, None] & ~np.eye(len(first.classes), dtype=bool)
+    T = int(counted.sum())
+    gained = ((second.taken - first.taken) * pairs).astype(np.float64)
+    asked = (first.asked * pairs).astype(np.float64)
+    scale = asked.sum() / np.isin(query_class, first.classes[counted]).sum()  # N - 1
     difference = scale * gained.sum() / asked.sum()
     draws = scale * _weighted_ratios(gained, asked, num_draws, seed)
     tail = (1 - confidence) / 2

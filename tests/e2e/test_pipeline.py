@@ -33,6 +33,8 @@ SLICE: dict[str, Any] = {
     "evaluate.example_episodes": 1,
     "deploy.gate.floors": {"glyphs": {"3w1s": 0.4}},
     "deploy.gate.primary": ["3w1s"],
+    "deploy.gate.max_calibration_error": 0.5,
+    "deploy.gate.max_drops": [0.5, 0.5, 0.5],
 }
 
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -24,14 +25,19 @@ from pipeline.core.config import load_section
 from pipeline.core.errors import ArtefactError, RegistryError
 from pipeline.core.files import new_folder, read_json, sha256_file
 from pipeline.deploy.bundle import WEIGHTS
+from pipeline.deploy.by_hand import FORCED_TAG
 from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, ROLLED_BACK_TAG
 from pipeline.deploy.registry import PASSED, SMOKE_TAG, Registry
 from pipeline.deploy.release import DeployConfig, Sources, deploy, prepare, refuse_failed_smoke
 from pipeline.engine.learner import Learner, Preprocessing, save_learner
 from pipeline.evaluation.evaluate import EvaluateConfig, EvaluateJob, run
+from pipeline.evaluation.robustness import RobustnessConfig
+from pipeline.evaluation.scoring import score
+from pipeline.evaluation.temperature import fit_calibration
 from pipeline.runtime.context import SINGLE
 from pipeline.runtime.lineage import content_hash
 from pipeline.store.reader import Store, open_store
+from pipeline.tasks.frozen import FrozenEpisodes, read_episodes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MODEL = "tiny-blobs"
@@ -87,7 +93,13 @@ def project(
     root = tmp_path_factory.mktemp("project")
     shutil.copytree(blob_store.folder, root / "data/store/blobs")
     shutil.copytree(blob_tasks, root / "data/tasks")
-    deploy_section = {"model_name": "tiny", "gate": {"floors": FLOORS, "num_bootstrap": 1000}}
+    gate = {
+        "floors": FLOORS,
+        "num_bootstrap": 1000,
+        "max_calibration_error": 0.3,
+        "max_drops": [0.5, 0.5, 0.5],
+    }
+    deploy_section = {"model_name": "tiny", "gate": gate}
     params = {"preprocess": {"domain": "blobs"}, "deploy": deploy_section}
     (root / "params.yaml").write_text(yaml.safe_dump(params))
     train_and_evaluate(root, units=8)
@@ -187,8 +199,15 @@ def test_a_worse_model_waits_as_challenger_and_a_person_decides(
     train_and_evaluate(project, units=2)
     record = run_deploy(project)
     assert record["decision"]["verdict"] == "challenger"
+    assert {r["rule"] for r in record["decision"]["rules"]} >= {"group_no_harm", "robustness"}
     assert record["aliases"] == {CHAMPION: 1, CHALLENGER: 2}
-    assert "is @champion; version 1 is @previous" in command("promote", capsys=capsys)
+    with pytest.raises(RegistryError, match="the gate says 'challenger'.*promote 2 --force"):
+        command("promote", capsys=capsys)
+    forced = ("promote", "--force", "--reason", "a demonstration")
+    assert "is @champion; version 1 is @previous" in command(*forced, capsys=capsys)
+    assert registry.version(2).tags[FORCED_TAG] == "a demonstration"
+    told = json.loads(command("lineage", "2", "--json", capsys=capsys))
+    assert told["promotions"][-1]["reason"] == "forced: a demonstration"
     assert registry.aliases() == {CHAMPION: 2, PREVIOUS: 1}
     assert "version 1 is @champion again" in command("rollback", capsys=capsys)
     assert registry.aliases() == {CHAMPION: 1}
@@ -264,3 +283,57 @@ def test_the_card_states_the_measured_numbers(project: Path, tmp_path: Path) -> 
     for setting, found in numbers.items():
         assert f"| {setting} | {found['accuracy']:.2%} ± {found['ci95']:.2%} |" in card
     assert "Limits" in card and "invocations" in card
+
+
+def test_temperature_and_spoilt_queries_are_part_of_the_sealed_evidence(
+    project: Path, tmp_path: Path
+) -> None:
+    """From validation episodes; the same release has the same digest however often it is made."""
+    made, again = (prepare(DeployConfig(), Sources(), tmp_path / name) for name in ("one", "two"))
+    bundle = made.bundle
+    assert bundle.digest == again.bundle.digest
+    val = read_episodes(project / "data/tasks", "val")
+    assert bundle.calibration is not None and bundle.robustness is not None
+    assert bundle.calibration["split"] == "val"
+    assert bundle.calibration["episodes"] == {name: one.digest for name, one in val.items()}
+    fit = fit_calibration(bundle.learner, made.store, val)
+    assert bundle.temperature == fit.temperature != 1.0
+    assert made.answers.robustness is not None
+    assert bundle.robustness == made.answers.robustness.as_json()
+    assert f"Temperature {fit.temperature:.4f}, fitted on" in bundle.card
+    for severity, found in bundle.robustness["severities"].items():
+        assert f"| {severity} | {found['accuracy']:.1%} |" in bundle.card
+    setting = bundle.robustness["setting"]
+    scores = score(bundle.learner, made.store, made.episodes[setting], temperature=fit.temperature)
+    np.testing.assert_array_equal(made.answers.scores[setting].confidence, scores.confidence)
+
+
+def test_a_temperature_of_another_store_is_refused(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def foreign(folder: Path, split: str) -> dict[str, FrozenEpisodes]:
+        found = read_episodes(folder, split)
+        other = {"store_digest": "0" * 64} if split == "val" else {}
+        return {
+            name: replace(one, protocol={**one.protocol, **other}) for name, one in found.items()
+        }
+
+    monkeypatch.setattr("pipeline.deploy.release.read_episodes", foreign)
+    with pytest.raises(ArtefactError, match="validation episodes were drawn from another store"):
+        prepare(DeployConfig(), Sources(), tmp_path / "bundle")
+
+
+def test_without_spoilt_queries_the_card_says_so(project: Path, tmp_path: Path) -> None:
+    config = DeployConfig(robustness=RobustnessConfig(num_episodes=0))
+    made = prepare(config, Sources(), tmp_path / "bundle")
+    assert made.bundle.robustness is None and made.answers.robustness is None
+    assert "## Spoilt queries\n\nNot measured." in made.bundle.card
+
+
+def test_the_gate_reports_every_rule(first: dict[str, Any]) -> None:
+    rules = first["decision"]["rules"]
+    names = {rule["rule"] for rule in rules}
+    assert names == {"finite", "floor", "calibration", "latency", "size", "robustness"}
+    assert [r["setting"] for r in rules if r["rule"] == "robustness"] == [
+        f"5w1s severity {severity}" for severity in (1, 2, 3)
+    ]

@@ -39,7 +39,7 @@ from tests.unit.tiny_learner import (
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_MUTATIONS = 1000
-HEADER = {"kind": "metaloom bundle", "format_version": 1}
+HEADER = {"kind": "metaloom bundle", "format_version": 2}
 
 
 def test_the_same_learner_and_numbers_make_the_same_bundle(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def _edit_manifest(folder: Path, rng: random.Random) -> None:
     manifest = read_json(folder / MANIFEST)
     entry = manifest["files"][rng.choice(sorted(FILES))]
     edits: list[Callable[[], Any]] = [
-        lambda: manifest.update(format_version=2),
+        lambda: manifest.update(format_version=rng.choice([0, 1, 3, 2.5, None])),
         lambda: manifest.update(note="x"),
         lambda: manifest.pop("kind"),
         lambda: entry.update(bytes=entry["bytes"] + 1),
@@ -164,6 +164,59 @@ def test_a_resealed_change_is_refused_by_the_recorded_digest(tmp_path: Path) -> 
     load_bundle(bundle.folder, digest=bundle.digest)
     with pytest.raises(ArtefactError, match="not the bundle that was registered"):
         load_bundle(forged.folder, digest=bundle.digest)
+
+
+FIT = {"temperature": 1.25, "split": "val"}
+
+
+def resealed(target: Path, sealed: Path, *, version: int, evidence: dict[str, Any]) -> Path:
+    """A bundle's files under another header and with other evidence."""
+    with new_folder(target, **{**HEADER, "format_version": version}) as building:
+        for name in FILES:
+            shutil.copyfile(sealed / name, building / name)
+        (building / EVIDENCE).write_text(canonical_json(evidence))
+    return target
+
+
+def test_the_temperature_comes_with_the_bundle(tmp_path: Path) -> None:
+    learner = save(tmp_path / "learner", tiny_learner())
+    spoilt = {"setting": "5w1s", "severities": {}}
+    target = tmp_path / "bundle"
+    made = make_bundle(
+        target, learner, NUMBERS, domain="toy", card="#", calibration=FIT, robustness=spoilt
+    )
+    assert (made.temperature, made.calibration, made.robustness) == (1.25, FIT, spoilt)
+    assert made.weights_bytes == (learner / WEIGHTS).stat().st_size
+    assert tiny_bundle(tmp_path).temperature == 1.0, "none was fitted"
+
+
+def test_a_bundle_of_the_first_format_still_serves_and_has_temperature_one(tmp_path: Path) -> None:
+    """A champion of before the update must not go dark; each format holds exactly its own."""
+    sealed = tiny_bundle(tmp_path).folder
+    new = read_json(sealed / EVIDENCE)
+    old = {key: new[key] for key in ("domain", "settings")}
+    opened = load_bundle(resealed(tmp_path / "old", sealed, version=1, evidence=old))
+    assert (opened.temperature, opened.evaluation) == (1.0, NUMBERS)
+    for version, evidence in ((1, new), (2, old), (2, {**new, "note": 1})):
+        mixed = resealed(tmp_path / "mixed", sealed, version=version, evidence=evidence)
+        with pytest.raises(ArtefactError, match=f"of format {version} holds"):
+            load_bundle(mixed)
+        shutil.rmtree(mixed)
+    with pytest.raises(ArtefactError, match="no bundle of format 1 or 2"):
+        load_bundle(resealed(tmp_path / "later", sealed, version=3, evidence=new))
+
+
+@pytest.mark.parametrize("temperature", [0, -1.5, "1.0", None, float("inf"), [1.0], True])
+def test_a_temperature_that_cannot_divide_is_refused(tmp_path: Path, temperature: Any) -> None:
+    sealed = tiny_bundle(tmp_path).folder
+    evidence = {**read_json(sealed / EVIDENCE), "calibration": {"temperature": temperature}}
+    target = tmp_path / "bad"
+    with new_folder(target, **HEADER) as building:
+        for name in FILES:
+            shutil.copyfile(sealed / name, building / name)
+        (building / EVIDENCE).write_text(json.dumps(evidence))
+    with pytest.raises(ArtefactError):
+        load_bundle(target)
 
 
 class Touch:

@@ -10,7 +10,8 @@ from pydantic import ValidationError
 
 from pipeline.core.config import parse_section
 from pipeline.core.errors import ConfigError
-from pipeline.deploy.gate import Decision, GateConfig, Scores, decide
+from pipeline.deploy.evidence import Answers, Costs, Latency, Scores
+from pipeline.deploy.gate import Decision, GateConfig, decide
 from pipeline.evaluation.scoring import EpisodeScores
 from pipeline.evaluation.statistics import paired_difference
 
@@ -78,25 +79,34 @@ def test_floors_that_would_hold_for_nothing_are_refused(
         GateConfig(floors=floors)
 
 
-CONFIG = GateConfig(floors={"made": {"5w1s": 0.5}}, num_bootstrap=1000)
+# The made-up confidences mean nothing; calibration has its own tests.
+CONFIG = GateConfig(floors={"made": {"5w1s": 0.5}}, num_bootstrap=1000, max_calibration_error=1.0)
+CHEAP = Costs(Latency(5.0, 9.0, 50), 1000)
+
+
+def plain(scores: Scores) -> Answers:
+    """Not tried with spoilt queries."""
+    return Answers(scores, None)
 
 
 def judge(
-    challenger: EpisodeScores,
-    champion: EpisodeScores | None,
+    ours: EpisodeScores,
+    theirs: EpisodeScores | None,
     config: GateConfig = CONFIG,
+    /,
     **more: Any,
 ) -> Decision:
-    return decide(
-        config,
-        domain="made",
-        challenger={"5w1s": challenger},
-        challenger_digest="new",
-        baselines={},
-        champion=None if champion is None else {"5w1s": champion},
-        champion_digest=None if champion is None else "old",
-        **more,
-    )
+    given = {
+        "domain": "made",
+        "groups": (),
+        "challenger": plain({"5w1s": ours}),
+        "challenger_digest": "new",
+        "costs": CHEAP,
+        "baselines": {},
+        "champion": None if theirs is None else plain({"5w1s": theirs}),
+        "champion_digest": None if theirs is None else "old",
+    }
+    return decide(config, **{**given, **more})
 
 
 def rates(
@@ -155,25 +165,29 @@ def answered(accuracy: float, seed: int = 0, T: int = 40) -> EpisodeScores:
 def test_the_first_model_that_meets_the_floors_is_champion() -> None:
     good = judge(answered(0.9), None)
     assert (good.verdict, good.already_champion) == ("champion", False)
-    assert [r.rule for r in good.rules] == ["finite", "floor"]
+    assert [r.rule for r in good.rules] == ["finite", "floor", "calibration", "latency", "size"]
     poor = judge(answered(0.3), None)
     assert poor.verdict == "challenger"
     assert "the floor is 0.5000" in poor.reason
 
 
+def at_floor(floor: float) -> GateConfig:
+    return CONFIG.model_copy(update={"floors": {"made": {"5w1s": floor}}})
+
+
 def test_a_floor_is_held_against_the_lower_end_of_the_interval() -> None:
     scores = answered(0.9)
     mean = float(scores.accuracy.mean())
-    assert judge(scores, None, GateConfig(floors={"made": {"5w1s": mean}})).verdict == "challenger"
+    assert judge(scores, None, at_floor(mean)).verdict == "challenger"
     lower = judge(scores, None).rules[1].value
     assert lower is not None
     assert lower < mean
-    at_it = judge(scores, None, GateConfig(floors={"made": {"5w1s": lower}}))
+    at_it = judge(scores, None, at_floor(lower))
     assert at_it.verdict == "champion"
 
 
 def test_a_floor_of_a_setting_that_was_not_evaluated_is_not_met() -> None:
-    config = GateConfig(floors={"made": {"5w1s": 0.1, "9w9s": 0.1}})
+    config = CONFIG.model_copy(update={"floors": {"made": {"5w1s": 0.1, "9w9s": 0.1}}})
     decision = judge(answered(0.9), None, config)
     assert decision.verdict == "challenger"
     assert "9w9s: has a floor and was not evaluated" in decision.reason
@@ -195,14 +209,13 @@ def test_a_refresh_may_be_as_good_within_its_margin() -> None:
 
 def test_a_gain_in_one_setting_does_not_buy_a_loss_in_another() -> None:
     def verdict(other: float) -> Decision:
-        return decide(
-            CONFIG,
-            domain="made",
-            challenger={"5w1s": answered(0.9, 1), "5w5s": answered(other, 2)},
-            challenger_digest="new",
-            baselines={},
-            champion={"5w1s": answered(0.8, 3), "5w5s": answered(0.9, 4)},
-            champion_digest="old",
+        champion = {"5w1s": answered(0.8, 3), "5w5s": answered(0.9, 4)}
+        challenger = {"5w1s": answered(0.9, 1), "5w5s": answered(other, 2)}
+        return judge(
+            answered(0.9, 1),
+            answered(0.8, 3),
+            challenger=plain(challenger),
+            champion=plain(champion),
         )
 
     assert verdict(0.9).verdict == "champion"
@@ -212,13 +225,8 @@ def test_a_gain_in_one_setting_does_not_buy_a_loss_in_another() -> None:
 
 def test_without_floors_the_best_baseline_must_be_beaten() -> None:
     def verdict(baselines: dict[str, Scores]) -> Decision:
-        return decide(
-            GateConfig(floors={}, num_bootstrap=1000),
-            domain="mine",
-            challenger={"5w1s": answered(0.8)},
-            challenger_digest="new",
-            baselines=baselines,
-        )
+        config = CONFIG.model_copy(update={"floors": {}})
+        return judge(answered(0.8), None, config, domain="mine", baselines=baselines)
 
     weak, strong = {"5w1s": answered(0.6, 1)}, {"5w1s": answered(0.85, 2)}
     assert verdict({"pixels": weak}).verdict == "champion"
@@ -229,30 +237,15 @@ def test_without_floors_the_best_baseline_must_be_beaten() -> None:
 
 
 def test_the_same_weights_are_champion_already() -> None:
-    decision = decide(
-        CONFIG,
-        domain="made",
-        challenger={"5w1s": answered(0.1)},
-        challenger_digest="same",
-        baselines={},
-        champion_digest="same",
-    )
+    decision = judge(answered(0.1), None, challenger_digest="same", champion_digest="same")
     assert (decision.verdict, decision.already_champion) == ("champion", True)
 
 
 def test_a_champion_that_cannot_be_scored_is_left_to_a_person() -> None:
     for more in ({"champion_problem": "it takes other pictures"}, {}):
-        decision = decide(
-            CONFIG,
-            domain="made",
-            challenger={"5w1s": answered(0.9)},
-            challenger_digest="new",
-            baselines={},
-            champion_digest="old",
-            **more,
-        )
+        decision = judge(answered(0.9), None, champion_digest="old", **more)
         assert decision.verdict == "challenger"
-        assert "`metaloom promote`" in decision.reason
+        assert "`metaloom promote VERSION --force --reason ...`" in decision.reason
 
 
 def test_scores_of_other_episodes_are_no_comparison() -> None:
