@@ -6,7 +6,6 @@ import json
 import signal
 import subprocess
 import sys
-import tempfile
 import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from typer.core import TyperCommand
 from pipeline.core.config import load_section, load_value
 from pipeline.core.errors import MachineError, RegistryError
 from pipeline.core.files import read_json
+from pipeline.deploy.serve import commands
 from pipeline.runtime.logs import run_main
 
 RECORD = Path("results/deploy/release.json")
@@ -284,34 +284,32 @@ def join(
 
 @app.command()
 def serve(
-    port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5001,
-    model: Model = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="Registered model, models:/NAME@ALIAS or models:/NAME/VERSION, or the folder of a "
+            "bundle [default: the model of the last release]."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 5001,
+    config: commands.Config = None,
 ) -> None:
-    """Serve the champion on 127.0.0.1 until Ctrl-C, with MLflow's scoring server.
+    """Serve a model over HTTP, with a page to try it, until Ctrl-C.
 
-    The champion's bundle is downloaded and every byte verified; the code that runs is this
-    installation's, never the artefact's. The model card shows a request; also try:
+    The service follows @champion: a version that is promoted, here or in MLflow, serves within
+    `poll_seconds`, after every byte of it was verified and it has been tried. On a terminal the
+    address that is printed opens the page with a key that is good for a day.
 
     \b
-      curl http://127.0.0.1:5001/ping
+      metaloom serve
+      metaloom keys make alice --scope read --scope write
+      curl -H "Authorization: Bearer $KEY" http://127.0.0.1:5001/v1/model
     """
-    from pipeline.deploy.registry import Registry
-    from pipeline.deploy.smoke import serve_command, serve_environment
-    from pipeline.runtime.mlflow_tracker import quiet_environment
+    commands.serve(model or _model_name(), host, port, config)
 
-    registry = Registry(Path.cwd(), model or _model_name())
-    champion = registry.champion()
-    if champion is None:
-        raise RegistryError(
-            f"{registry.name} has no champion. Run `dvc repro`, or choose one: `metaloom promote`."
-        )
-    with tempfile.TemporaryDirectory() as scratch:
-        bundle = registry.fetch(champion, Path(scratch) / "bundle")
-        registry.save_local(bundle, Path(scratch) / "model")
-        print(f"{registry.name} version {champion.number} on http://127.0.0.1:{port} (Ctrl-C ends)")
-        settings = {**quiet_environment(), "MLFLOW_TRACKING_URI": registry.uri}
-        command = serve_command(str(Path(scratch) / "model"), port)
-        _foreground(command, serve_environment(settings), Path(scratch))
+
+app.add_typer(commands.keys, name="keys")
 
 
 @app.command()

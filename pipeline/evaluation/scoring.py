@@ -17,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.backbones.pixels import Pixels, PixelsConfig
 from pipeline.core.errors import ArtefactError
-from pipeline.core.functional import BACKBONE, Model
+from pipeline.engine.features import caches_features, feature_head
 from pipeline.engine.learner import Learner
 from pipeline.runtime.collectives import gather_shares, share
 from pipeline.runtime.context import SINGLE, Context
@@ -156,13 +155,6 @@ def query_logits(
     return everything
 
 
-def caches_features(learner: Learner) -> bool:
-    """Whether a picture's features are the same in every episode."""
-    fixed = learner.model.batch_norm == "running" and learner.model.statistics is not None
-    plain = isinstance(learner.model.skeleton, Pixels)
-    return learner.algorithm.embeds_each_example and (fixed or plain)
-
-
 def embed_once(
     learner: Learner,
     store: PictureSource,
@@ -210,10 +202,7 @@ def _on_features(
     features_RD = features.values
     labels = torch.as_tensor(episodes.support_labels.astype(np.int64))
     num_support = episodes.support_rows.shape[1]
-    head = Model(
-        Pixels(PixelsConfig(), (1, 1, features_RD.shape[1])), features_RD.shape[1], "running"
-    )
-    own_params = {n: p for n, p in learner.params.items() if not n.startswith(BACKBONE)}
+    head, own_params = feature_head(learner)
 
     def one(support: Tensor, support_y: Tensor, query: Tensor) -> Tensor:
         algorithm = learner.algorithm

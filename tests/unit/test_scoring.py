@@ -14,10 +14,11 @@ from pipeline.algorithms.nearest_centroid import NearestCentroid
 from pipeline.algorithms.protonet import ProtoNet
 from pipeline.backbones.table import BackboneSpec, build_model, init_params
 from pipeline.core.errors import ArtefactError
+from pipeline.engine.features import caches_features
 from pipeline.engine.learner import Learner, Preprocessing
 from pipeline.engine.population import population_statistics
 from pipeline.evaluation.baselines import pixel_learner, untrained
-from pipeline.evaluation.scoring import caches_features, score
+from pipeline.evaluation.scoring import score
 from pipeline.store.reader import Store
 from pipeline.tasks.frozen import read_episodes
 

@@ -41,6 +41,7 @@ from pipeline.deploy.serve.service import Service, told
 from pipeline.deploy.serve.settings import ServeSettings
 from pipeline.deploy.serve.sources import Source
 
+_PROBLEM_TEXTS = ("type", "title", "detail", "instance", "request_id")
 PAGE = Path(__file__).parent / "page"
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -80,9 +81,8 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.desk.start()
         service.fleet.start()
-        app.state.draining = False
         yield
-        app.state.draining = True
+        service.draining = True
         service.fleet.stop()
         await asyncio.to_thread(service.desk.stop)
         engine.dispose()
@@ -239,12 +239,11 @@ def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
         return Health()
 
     @app.get("/readyz", tags=["health"], responses={503: {"model": Readiness}})
-    async def is_ready(request: Request, response: Response) -> Readiness:
+    async def is_ready(response: Response) -> Readiness:
         """Requests are answered, by this version; what keeps a newer one out."""
         version = service.fleet.serving()
-        draining = request.app.state.draining
-        response.status_code = 200 if version and not draining else 503
-        status = "draining" if draining else "ready" if version else "loading"
+        response.status_code = 200 if version and not service.draining else 503
+        status = "draining" if service.draining else "ready" if version else "loading"
         ref = version.ref if version else None
         return Readiness(status=status, model=ref, problems=service.fleet.problems())  # type: ignore[arg-type]
 
@@ -281,10 +280,7 @@ def _describe_problems(app: FastAPI) -> None:
             "description": "RFC 9457",
             "required": ["type", "title", "status", "detail"],
             "properties": {
-                **{
-                    n: {"type": "string"}
-                    for n in ("type", "title", "detail", "instance", "request_id")
-                },
+                **{name: {"type": "string"} for name in _PROBLEM_TEXTS},
                 "status": {"type": "integer"},
             },
         }

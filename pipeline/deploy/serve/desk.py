@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,10 @@ class Learn:
     pictures: Pictures
     labels: Sequence[int]
     num_ways: int
+
+    def do(self) -> Ready:
+        """In the desk's thread."""
+        return self.version.learn(self.pictures, self.labels, self.num_ways)
 
 
 @dataclass(frozen=True)
@@ -53,8 +58,8 @@ class _Ticket:
 class Desk:
     """Takes jobs from the event loop; one thread works them off in order.
 
-    There is no waiting for company: a job that comes to an idle desk is done at once, and under load
-    the queue itself makes the batches.
+    There is no waiting for company: a job that comes to an idle desk is done at once, and under
+    load the queue itself makes the batches.
     """
 
     most_waiting: int
@@ -107,10 +112,7 @@ class Desk:
         torch.set_num_threads(self.threads)
         while (first := self._next()) is not None:
             if isinstance(first.job, Learn):
-                job = first.job
-                self._settle(
-                    first, lambda: job.version.learn(job.pictures, job.labels, job.num_ways)
-                )
+                self._settle(first, first.job.do)
             else:
                 self._answer(self._company(first, first.job))
 
@@ -145,13 +147,13 @@ class Desk:
             try:
                 pictures = np.concatenate([ask.pictures for _, ask in together])
                 with torch.no_grad():
-                    features = version.embed(pictures).split(sizes)
+                    features = torch.split(version.embed(pictures), sizes)
             except Exception as error:
                 for ticket, _ in together:
                     self._fail(ticket, error)
                 return
         for (ticket, ask), own in zip(together, features, strict=True):
-            self._settle(ticket, lambda a=ask, f=own: a.version.answer(a.ready, a.pictures, f))  # type: ignore[misc]
+            self._settle(ticket, partial(version.answer, ask.ready, ask.pictures, own))
 
     def _settle(self, ticket: _Ticket, compute: Callable[[], Any]) -> None:
         try:

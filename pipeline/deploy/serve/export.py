@@ -48,9 +48,8 @@ def archive(kept: Kept, ready: Ready, items: Sequence[Item]) -> bytes:
         name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in files.items()
     }
-    files["manifest.json"] = canonical_json(
-        {"kind": "metaloom learner", "files": manifest}
-    ).encode()
+    header = {"kind": "metaloom learner", "files": manifest}
+    files["manifest.json"] = canonical_json(header).encode()
     target = io.BytesIO()
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as packed:
         for name, content in files.items():

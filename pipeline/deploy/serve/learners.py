@@ -112,9 +112,7 @@ def open_database(url: str) -> sa.Engine:
     try:
         address = sa.make_url(url)
     except sa.exc.ArgumentError:
-        raise ConfigError(
-            f"database {url!r} is no SQLAlchemy URL, such as sqlite:///x.db."
-        ) from None
+        raise ConfigError(f"{url!r} is no SQLAlchemy URL, such as sqlite:///learners.db.") from None
     if address.get_backend_name() == "sqlite" and address.database:
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
     try:

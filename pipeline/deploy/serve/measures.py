@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -20,7 +21,7 @@ class Measures:
 
     def __post_init__(self) -> None:
         """Make the metrics."""
-        own = {"registry": self.registry}
+        own: dict[str, Any] = {"registry": self.registry}
         self.requests = Counter(
             "metaloom_requests_total", "Answered requests.", ["route", "status"], **own
         )

@@ -1,4 +1,4 @@
-"""What clients send and what they are told, as pydantic models: the OpenAPI page is made of these."""
+"""What clients send and what they are told; OpenAPI is made of these models."""
 
 from __future__ import annotations
 

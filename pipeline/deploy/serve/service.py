@@ -43,6 +43,8 @@ class Service:
     desk: Desk
     learners: Learners
     keys: Keys
+    draining: bool = False
+    """No more work is wanted."""
     _ready: OrderedDict[tuple[str, str, str], asyncio.Future[Ready]] = field(
         default_factory=OrderedDict
     )
@@ -67,14 +69,7 @@ class Service:
         name = learner_id(every, labels, policy, version.ref.bundle)
         if (known := await asyncio.to_thread(self.learners.get, caller.owner, name)) is not None:
             return told(known), False
-        if (
-            await asyncio.to_thread(self.learners.count, caller.owner)
-            >= self.settings.limits.learners
-        ):
-            raise Problem(
-                HTTPStatus.CONFLICT,
-                f"you keep {self.settings.limits.learners:,} learners, which is the most. Delete some.",
-            )
+        await self._check_room(caller)
         kept = Kept(
             owner=caller.owner,
             id=name,
@@ -151,6 +146,11 @@ class Service:
         if version is None:
             raise Problem(503, "no model is loaded yet; /readyz says why.", retry_after=2)
         return version
+
+    async def _check_room(self, caller: Caller) -> None:
+        most = self.settings.limits.learners
+        if await asyncio.to_thread(self.learners.count, caller.owner) >= most:
+            raise Problem(HTTPStatus.CONFLICT, f"you keep {most:,} learners already. Delete some.")
 
     async def _version_for(self, kept: Kept, against: str) -> Version:
         policy: Policy = kept.policy

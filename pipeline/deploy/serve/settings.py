@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from pipeline.core.config import Section
 
@@ -65,6 +65,8 @@ class ServeSettings(Section):
     """Of a pass; the same number gives the same bits."""
     ready_learners: PositiveInt = 2000
     """Adapted learners kept in memory."""
+    drain_seconds: NonNegativeFloat = 0.0
+    """From the wish to stop, when /readyz begins to say no, until no more requests are taken."""
     limits: Limits = Limits()
     """Of one request."""
     rates: Rates = Rates()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from pipeline.core.errors import ConfigError
 from pipeline.core.files import MANIFEST, sha256_file
 from pipeline.deploy.bundle import Bundle, load_bundle
 from pipeline.deploy.serve.admission import REFUSED_TAG, refusal
 from pipeline.deploy.serve.messages import ModelRef
+
+if TYPE_CHECKING:
+    from pipeline.deploy.registry import Registry, Version
+
+_URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 
 
 @dataclass(frozen=True)
@@ -69,24 +76,30 @@ class RegistrySource:
 
     root: Path
     name: str
+    alias: str = "champion"
+    """What it follows"""
+    number: int | None = None
+    """The one version that it serves, whatever the aliases say"""
     _told: dict[int, str] = field(default_factory=dict)
 
     def look(self) -> Mapping[str, Found]:
         """The versions of the aliases; one moved by hand is taken into the promotions' record."""
         registry = self._registry()
         found = {}
-        champion = registry.champion()
-        if champion is not None:
-            found["champion"] = champion
+        if (serves := self._serves(registry)) is not None:
+            found["champion"] = serves
         number = registry.aliases().get("challenger")
         if number is not None:
             found["challenger"] = registry.version(number)
-        return {
-            alias: Found(
-                ModelRef(name=self.name, version=one.number, bundle=one.digest), refusal(one.tags)
-            )
-            for alias, one in found.items()
-        }
+        return {role: _found(one) for role, one in found.items()}
+
+    def _serves(self, registry: Registry) -> Version | None:
+        if self.number is not None:
+            return registry.version(self.number)
+        if self.alias == "champion":
+            return registry.champion()
+        number = registry.aliases().get(self.alias)
+        return None if number is None else registry.version(number)
 
     def fetch(self, ref: ModelRef, target: Path) -> Bundle:
         """Download a version's bundle."""
@@ -102,8 +115,32 @@ class RegistrySource:
         registry.tag(registry.version(ref.version), {REFUSED_TAG: why})
         self._told[ref.version] = why
 
-    def _registry(self):  # type: ignore[no-untyped-def]
+    def _registry(self) -> Registry:
         # MLflow takes seconds to import; a service that starts from its cache does not wait for it.
         from pipeline.deploy.registry import Registry
 
         return Registry(self.root, self.name)
+
+
+def _found(version: Version) -> Found:
+    ref = ModelRef(name=version.name, version=version.number, bundle=version.digest)
+    return Found(ref, refusal(version.tags))
+
+
+def source_of(model: str, root: Path) -> Source:
+    """What a person names: a bundle's folder, a registered model, or `models:/...` of one.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    if (Path(model) / MANIFEST).is_file():
+        return FolderSource(Path(model))
+    if named := _URI.fullmatch(model):
+        number = int(named[3]) if named[3] else None
+        return RegistrySource(root, named[1], named[2] or "champion", number)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", model):
+        raise ConfigError(
+            f"{model!r} is neither the folder of a bundle, nor a registered model, nor "
+            "models:/NAME@ALIAS or models:/NAME/VERSION."
+        )
+    return RegistrySource(root, model)
