@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pipeline.deploy.by_hand import FORCED_TAG, VERDICT_REASON_TAG, VERDICT_TAG
 from pipeline.deploy.registry import BUNDLE_TAG, DAMAGED_TAG, PASSED, SMOKE_TAG, WEIGHTS_TAG
 
-FORCED_TAG = "metaloom.forced"
-VERDICT_TAG = "gate.verdict"
 REFUSED_TAG = "metaloom.refused"
 LINEAGE: Mapping[str, str] = {
     "git.commit": "the git commit",
@@ -37,7 +36,7 @@ def refusal(tags: Mapping[str, str]) -> str | None:
         return f"it has not passed the smoke test ({tags.get(SMOKE_TAG, 'it never ran')})"
     if tags.get(VERDICT_TAG) != "champion" and not tags.get(FORCED_TAG):
         return (
-            f"it has not passed the gate ({tags.get('gate.reason', 'which never judged it')}); "
+            f"it has not passed the gate ({tags.get(VERDICT_REASON_TAG, 'it was not judged')}); "
             "to serve it all the same: `metaloom promote VERSION --force --reason ...`"
         )
     return None

@@ -39,6 +39,8 @@ class Fleet:
     refused: dict[str, Refused] = field(default_factory=dict)
     """By bundle"""
     registry_problem: str = ""
+    _unfit: set[str] = field(default_factory=set)
+    """Bundles whose bytes are damaged, or that cannot answer, which no second look would mend"""
     _serving: dict[str, Version] = field(default_factory=dict)
     _loaded: OrderedDict[str, Version] = field(default_factory=OrderedDict)
     _stop: threading.Event = field(default_factory=threading.Event)
@@ -93,16 +95,21 @@ class Fleet:
                 self._consider(role, found[role])
         wanted = {one.ref.bundle for one in found.values()}
         self.refused = {key: one for key, one in self.refused.items() if key in wanted}
+        self._unfit &= wanted
 
     def _consider(self, role: Role, found: Found) -> None:
         """Switch to a version, or say why not; the one before it goes on serving."""
         why = found.refusal if role == "champion" else None
-        if why is None and found.ref.bundle in self.refused:
-            return  # its bytes are what they were
+        if why is None and found.ref.bundle in self._unfit:
+            return
         try:
             version = self.version(found.ref) if why is None else None
-        except PipelineError as error:
+        except ArtefactError as error:
             why, version = str(error), None
+            self._unfit.add(found.ref.bundle)
+        except PipelineError as error:  # not to be had now: the next look tries again
+            self._troubled(str(error).splitlines()[0])
+            return
         if version is None:
             self._refuse(role, found.ref, why or "")
             return
