@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .PHONY: help setup repro test test-slow test-cluster cluster-up cluster-down chaos
-.PHONY: lint format bench bench-check ui clean doctor
+.PHONY: lint format bench bench-check bench-serve ui clean doctor
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -71,6 +71,9 @@ bench-check: $(BENCH_STAMP)  ## fail if ours became slower against the eager loo
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
 	touch $(BENCH_STAMP)
+
+bench-serve: $(STAMP)  ## load on the service beside a bare handler and MLflow's: results/serve/load.json
+	python -m benchmarks.serving
 
 ui: $(STAMP)  ## MLflow's page, on this machine only
 	metaloom ui

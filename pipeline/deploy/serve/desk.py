@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from pipeline.deploy.serve.model import Answers, Pictures, Ready, Version
+from pipeline.deploy.serve.model import Pictures, Version
 from pipeline.deploy.serve.problems import Problem
 
 _PASSES_TOGETHER = 4
@@ -21,31 +22,18 @@ _RETRY_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Learn:
-    """Learn a support set."""
+class Job:
+    """Pictures that a version embeds, and what is made of their features."""
 
     version: Version
     pictures: Pictures
-    labels: Sequence[int]
-    num_ways: int
-
-    def do(self) -> Ready:
-        """In the desk's thread."""
-        return self.version.learn(self.pictures, self.labels, self.num_ways)
-
-
-@dataclass(frozen=True)
-class Ask:
-    """Answer queries."""
-
-    version: Version
-    ready: Ready
-    pictures: Pictures
+    finish: Callable[[Tensor | None], Any]
+    """Of the features [B, D] of these pictures; of None where the version embeds none alone."""
 
 
 @dataclass(frozen=True)
 class _Ticket:
-    job: Learn | Ask
+    job: Job
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
 
@@ -68,6 +56,7 @@ class Desk:
     """Told how many pictures went through the network together."""
     _queue: queue.SimpleQueue[_Ticket | None] = field(default_factory=queue.SimpleQueue)
     _held: _Ticket | None = None
+    _ending: bool = False
     _waiting: int = 0
 
     def start(self) -> None:
@@ -85,17 +74,12 @@ class Desk:
         """Jobs that wait or are being done."""
         return self._waiting
 
-    async def learn(self, job: Learn) -> Ready:
-        """Raises Problem 503 when too many wait."""
-        ready: Ready = await self._put(job)
-        return ready
+    async def do(self, job: Job) -> Any:
+        """What the job's `finish` returns or raises.
 
-    async def ask(self, job: Ask) -> Answers:
-        """Raises Problem 503 when too many wait."""
-        answers: Answers = await self._put(job)
-        return answers
-
-    async def _put(self, job: Learn | Ask) -> Any:
+        Raises:
+            Problem: 503, too many jobs wait.
+        """
         if self._waiting >= self.most_waiting:
             detail = f"the model is busy: {self._waiting} requests wait. Try again in a moment."
             raise Problem(503, detail, retry_after=_RETRY_SECONDS)
@@ -111,49 +95,43 @@ class Desk:
     def _work(self) -> None:
         torch.set_num_threads(self.threads)
         while (first := self._next()) is not None:
-            if isinstance(first.job, Learn):
-                self._settle(first, first.job.do)
-            else:
-                self._answer(self._company(first, first.job))
+            self._do(self._company(first))
 
     def _next(self) -> _Ticket | None:
         held, self._held = self._held, None
-        return held or self._queue.get()
+        return held if held or self._ending else self._queue.get()
 
-    def _company(self, first: _Ticket, job: Ask) -> list[tuple[_Ticket, Ask]]:
-        """The first question, and those behind it that can share its passes."""
-        together, rows = [(first, job)], len(job.pictures)
-        most = _PASSES_TOGETHER * job.version.rows_per_pass
-        while job.version.embeds_alone and rows < most and not self._queue.empty():
+    def _company(self, first: _Ticket) -> list[_Ticket]:
+        """A job, and those behind it that can share its passes."""
+        version, together, rows = first.job.version, [first], len(first.job.pictures)
+        most = _PASSES_TOGETHER * version.rows_per_pass
+        while version.embeds_alone and rows < most and not self._queue.empty():
             ticket = self._queue.get()
-            if ticket is None:
-                self._queue.put(None)
-                break
-            other = ticket.job
-            if not isinstance(other, Ask) or other.version is not job.version:
+            if ticket is None or ticket.job.version is not version:
                 self._held = ticket
+                self._ending = ticket is None
                 break
             if not ticket.future.cancelled():
-                together.append((ticket, other))
-                rows += len(other.pictures)
+                together.append(ticket)
+                rows += len(ticket.job.pictures)
         return together
 
-    def _answer(self, together: list[tuple[_Ticket, Ask]]) -> None:
-        version = together[0][1].version
-        sizes = [len(ask.pictures) for _, ask in together]
+    def _do(self, together: list[_Ticket]) -> None:
+        version = together[0].job.version
+        sizes = [len(ticket.job.pictures) for ticket in together]
         self.on_pass(sum(sizes))
-        features: Sequence[torch.Tensor | None] = [None] * len(together)
+        features: Sequence[Tensor | None] = [None] * len(together)
         if version.embeds_alone:
             try:
-                pictures = np.concatenate([ask.pictures for _, ask in together])
                 with torch.no_grad():
-                    features = torch.split(version.embed(pictures), sizes)
+                    every = version.embed(np.concatenate([one.job.pictures for one in together]))
+                features = torch.split(every, sizes)
             except Exception as error:
-                for ticket, _ in together:
+                for ticket in together:
                     self._fail(ticket, error)
                 return
-        for (ticket, ask), own in zip(together, features, strict=True):
-            self._settle(ticket, partial(version.answer, ask.ready, ask.pictures, own))
+        for ticket, own in zip(together, features, strict=True):
+            self._settle(ticket, partial(ticket.job.finish, own))
 
     def _settle(self, ticket: _Ticket, compute: Callable[[], Any]) -> None:
         try:

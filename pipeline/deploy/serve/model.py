@@ -80,13 +80,24 @@ class Version:
             parts.append(model.embed_query(params, inputs, statistics)[: len(rows)])
         return torch.cat(parts)
 
-    def learn(self, pictures: Pictures, labels: Sequence[int], num_ways: int) -> Ready:
-        """Learn N classes from pictures [S, C, H, W] with labels [S] in [0, N)."""
+    def learn(
+        self,
+        pictures: Pictures,
+        labels: Sequence[int],
+        num_ways: int,
+        features: Tensor | None = None,
+    ) -> Ready:
+        """Learn N classes from pictures [S, C, H, W] with labels [S] in [0, N).
+
+        Args:
+            features: of these pictures, where a pass that others shared has them.
+        """
         targets = torch.as_tensor(labels)
         learner = self.learner
         with torch.no_grad():
             if self.embeds_alone:
-                features, statistics = self.embed(pictures), learner.model.statistics
+                features = self.embed(pictures) if features is None else features
+                statistics = learner.model.statistics
                 head, own = feature_head(learner)
                 adapted = learner.algorithm.adapt(head, own, features, targets, num_ways)
             else:
@@ -100,7 +111,7 @@ class Version:
         """Class probabilities and similarities of pictures [Q, C, H, W].
 
         Args:
-            features: of these pictures, where a pass that others shared has them.
+            features: as for `learn`.
         """
         learner = self.learner
         with torch.no_grad():

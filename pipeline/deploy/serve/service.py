@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from http import HTTPStatus
 
+import numpy as np
+from torch import Tensor
+
 from pipeline.core.errors import PipelineError
-from pipeline.deploy.serve.desk import Ask, Desk, Learn
+from pipeline.deploy.serve.desk import Desk, Job
 from pipeline.deploy.serve.fleet import Fleet
 from pipeline.deploy.serve.inputs import Item, check_queries, check_support, decode, items_of
 from pipeline.deploy.serve.keys import Caller, Keys
@@ -27,11 +32,13 @@ from pipeline.deploy.serve.messages import (
     Predictions,
     Probability,
 )
-from pipeline.deploy.serve.model import Answers, Ready, Version
+from pipeline.deploy.serve.model import Answers, Pictures, Ready, Version
 from pipeline.deploy.serve.problems import Problem
 from pipeline.deploy.serve.settings import Policy, ServeSettings
 
 _NUM_NEIGHBOURS = 3
+_FOUND_SECONDS = 5.0
+"""Learners never change; one that another replica deletes is still known for so long."""
 
 
 @dataclass
@@ -45,6 +52,7 @@ class Service:
     keys: Keys
     draining: bool = False
     """No more work is wanted."""
+    _found: dict[tuple[str, str], tuple[float, Kept]] = field(default_factory=dict)
     _ready: OrderedDict[tuple[str, str, str], asyncio.Future[Ready]] = field(
         default_factory=OrderedDict
     )
@@ -91,9 +99,15 @@ class Service:
 
     async def find(self, caller: Caller, name: str) -> Kept:
         """One of the caller's learners; Problem 404 if there is none."""
+        until, kept = self._found.get((caller.owner, name), (0.0, None))
+        if kept is not None and time.monotonic() < until:
+            return kept
         kept = await asyncio.to_thread(self.learners.get, caller.owner, name)
         if kept is None:
             raise Problem(404, f"you have no learner {name}. GET /v1/learners lists yours.")
+        if len(self._found) >= self.settings.ready_learners:
+            self._found.clear()
+        self._found[caller.owner, name] = time.monotonic() + _FOUND_SECONDS, kept
         return kept
 
     async def ask(
@@ -123,8 +137,11 @@ class Service:
             labels=tuple(one.label for one in wanted.support),
             unknown_below=None,
         )
-        ready = await self._learn(version, kept, items_of(wanted.support, "support"))
-        answers = await self._answer(version, ready, wanted.queries)
+        support = await self._decoded(version, items_of(wanted.support, "support"), "support")
+        queries = await self._decoded(version, items_of(wanted.queries, "queries"), "queries")
+        finish = partial(_learn_and_answer, kept, version, support, queries)
+        job = Job(version, np.concatenate([support, queries]), finish)
+        ready, answers = await self.desk.do(job)
         return _predictions(kept, version, ready, answers)
 
     async def ready(self, kept: Kept) -> Ready:
@@ -133,6 +150,7 @@ class Service:
 
     async def forget(self, caller: Caller, name: str) -> None:
         """Delete a learner; Problem 404 if there is none."""
+        self._found.pop((caller.owner, name), None)
         if not await asyncio.to_thread(self.learners.delete, caller.owner, name):
             raise Problem(404, f"you have no learner {name}. GET /v1/learners lists yours.")
         for key in [key for key in self._ready if key[:2] == (caller.owner, name)]:
@@ -195,15 +213,30 @@ class Service:
             self._ready.popitem(last=False)
 
     async def _learn(self, version: Version, kept: Kept, items: Sequence[Item]) -> Ready:
-        shape, limits = version.learner.preprocessing.image_shape, self.settings.limits
-        pictures = await asyncio.to_thread(decode, items, shape, limits, "support")
-        return await self.desk.learn(Learn(version, pictures, kept.targets, len(kept.classes)))
+        pictures = await self._decoded(version, items, "support")
+        finish = partial(version.learn, pictures, kept.targets, len(kept.classes))
+        ready: Ready = await self.desk.do(Job(version, pictures, finish))
+        return ready
 
     async def _answer(self, version: Version, ready: Ready, queries: Sequence[Input]) -> Answers:
+        pictures = await self._decoded(version, items_of(queries, "queries"), "queries")
+        job = Job(version, pictures, partial(version.answer, ready, pictures))
+        answers: Answers = await self.desk.do(job)
+        return answers
+
+    async def _decoded(self, version: Version, items: Sequence[Item], place: str) -> Pictures:
         shape, limits = version.learner.preprocessing.image_shape, self.settings.limits
-        items = items_of(queries, "queries")
-        pictures = await asyncio.to_thread(decode, items, shape, limits, "queries")
-        return await self.desk.ask(Ask(version, ready, pictures))
+        return await asyncio.to_thread(decode, items, shape, limits, place)
+
+
+def _learn_and_answer(
+    kept: Kept, version: Version, support: Pictures, queries: Pictures, features: Tensor | None
+) -> tuple[Ready, Answers]:
+    """Both, from features that came out of one pass; the bits are those of two."""
+    own = None if features is None else features[: len(support)]
+    asked = None if features is None else features[len(support) :]
+    ready = version.learn(support, kept.targets, len(kept.classes), own)
+    return ready, version.answer(ready, queries, asked)
 
 
 def told(kept: Kept) -> LearnerTold:
