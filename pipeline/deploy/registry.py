@@ -19,7 +19,6 @@ from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, Champions
 from pipeline.deploy.packing import ARTEFACT, no_bytecode, pyfunc_parts, stage_code
 from pipeline.deploy.patience import DEFAULT_PATIENCE, Patience, Persistent, code_of, state_said
 from pipeline.deploy.promotions import NOBODY, Record, Standing
-from pipeline.runtime.lineage import code_root
 from pipeline.runtime.mlflow_tracker import connect, experiment_id, shown_uri, tracking_uri
 
 BUNDLE_TAG, WEIGHTS_TAG = "metaloom.bundle", "metaloom.weights"
@@ -334,14 +333,6 @@ class Registry:
                 return mlflow.pyfunc.log_model(
                     name=self.name, **parts, code_paths=[str(code)], input_example=example
                 )
-
-    def save_local(self, bundle: Bundle, target: Path) -> None:
-        """Write an MLflow model of a verified bundle that runs the code that is installed here."""
-        import mlflow
-
-        with tempfile.TemporaryDirectory() as scratch:
-            parts = pyfunc_parts(bundle, code_root() / "pipeline", Path(scratch))
-            mlflow.pyfunc.save_model(path=str(target), **parts)
 
 
 @contextmanager
