@@ -151,6 +151,16 @@ def test_a_gain_elsewhere_does_not_buy_a_loss_in_one_group() -> None:
     assert failed(judge(unfair, champion, config, groups=GROUPS)) == []
 
 
+def test_the_worst_of_several_groups_gets_an_interval_as_much_wider() -> None:
+    """Of four groups each is judged at 1 - 0.05 / 4."""
+    champion, better = answered(0.7, 1), hurt(answered(0.9, 2), "script 2", 0.35)
+    ids = np.array([c for c in range(T) if GROUPS[c] == "script 2"])
+    given = (better.query_class, better.predicted_class, champion.predicted_class)
+    expected = class_bootstrap(*given, num_draws=1000, confidence=1 - 0.05 / 4, among=ids)
+    (rule,) = (r for r in judge(better, champion, groups=GROUPS).rules if "group" in r.rule)
+    assert rule.value == expected.upper
+
+
 def test_groups_of_few_classes_are_named_not_passed_in_silence() -> None:
     groups = ["rare" if c < 4 else f"script {c % 2}" for c in range(T)]
     champion, better = answered(0.8, 1), answered(0.9, 2)

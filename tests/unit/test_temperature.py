@@ -75,6 +75,9 @@ def test_every_set_weighs_the_same_however_large() -> None:
     repeated = (np.tile(many[0], (50, 1)), np.tile(many[1], 50))
     assert fit_temperature([few, repeated]) == fit_temperature([few, many])
     assert fit_temperature([few, many]) != fit_temperature([few])
+    share = (0.6 + 0.6 + 0.9) / 3  # with one gap, the mean of the slopes is that of their shares
+    expected = 3.0 / math.log(share * 4 / (1 - share))
+    assert fit_temperature([few, few, repeated]) == pytest.approx(expected, abs=5e-5)
 
 
 def test_a_learner_that_is_always_right_or_not_finite_has_a_temperature_too() -> None:
