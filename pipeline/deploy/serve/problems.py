@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -50,11 +51,13 @@ def problem_headers(retry_after: float | None = None) -> dict[str, str]:
 def install(app: FastAPI) -> None:
     """Answer every fault of a request with a problem; no client sees a traceback."""
 
-    def answer(request: Request, problem: Problem) -> Response:
+    def answer(
+        request: Request, problem: Problem, more: Mapping[str, str] | None = None
+    ) -> Response:
         body = problem_body(
             problem.status, problem.detail, request.url.path, request.scope.get("request_id", "")
         )
-        headers = problem_headers(problem.retry_after)
+        headers = {**problem_headers(problem.retry_after), **(more or {})}
         if problem.status == HTTPStatus.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
         return Response(json.dumps(body), problem.status, headers)
@@ -69,7 +72,8 @@ def install(app: FastAPI) -> None:
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         hint = "" if error.status_code != 404 else " The routes are in /openapi.json."
-        return answer(request, Problem(error.status_code, f"{error.detail}.{hint}"))
+        problem = Problem(error.status_code, f"{error.detail.removesuffix('.')}.{hint}")
+        return answer(request, problem, error.headers)  # a 405 says what is allowed
 
     async def on_form(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
