@@ -94,6 +94,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # it would send clients to whatever `Host` they were made to name
     )
     problems.install(app)
     _add_learners(app, service)
