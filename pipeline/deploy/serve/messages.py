@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
 
 from pipeline.deploy.serve.settings import Policy
 
@@ -29,7 +29,7 @@ class Input(_Message):
     """One picture, in one of two forms."""
 
     image: str | None = Field(default=None, description="PNG or JPEG, base64", examples=[DOT])
-    vector: list[float] | None = Field(
+    vector: list[StrictFloat] | None = Field(
         default=None,
         description="the stored picture itself: channels x height x width values from 0 to 255",
         examples=[None],
