@@ -16,6 +16,8 @@ from pipeline.core.errors import PipelineError
 from pipeline.runtime.logs import say
 
 MEDIA_TYPE = "application/problem+json"
+_MOST_OF_A_NAME = 50
+"""Characters of an unknown field that are told: its name is as long as the client likes."""
 
 
 class Problem(Exception):  # noqa: N818 - the standard's own word
@@ -100,6 +102,10 @@ def places_of(errors: Any) -> str:
 
 def _place(location: tuple[int | str, ...]) -> str:
     """support[2].label, without the names of the types that were tried."""
-    parts = [p for p in location if isinstance(p, int) or p not in {"body", "int", "str"}]
+    parts = [
+        p if isinstance(p, int) else p[:_MOST_OF_A_NAME]
+        for p in location
+        if isinstance(p, int) or p not in {"body", "int", "str"}
+    ]
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return text.removeprefix(".") or "the request"
