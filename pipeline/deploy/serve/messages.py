@@ -13,6 +13,8 @@ Label = (
     Annotated[StrictInt, Field(ge=-(2**53), le=2**53)]
     | Annotated[StrictStr, Field(min_length=1, max_length=100)]
 )
+LearnerName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\u0000]+$")]
+"""No NUL: PostgreSQL keeps none."""
 LearnerId = Annotated[str, Field(pattern=r"^lrn_[0-9a-f]{32}$")]
 DOT = (
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEUlEQVR4nGP8/58BCpgY0AAAHgwCAS0kqZ4AAAAASU"
@@ -65,7 +67,7 @@ class Options(_Message):
 class NewLearner(_Message):
     """A few labelled examples of each class."""
 
-    name: str | None = Field(default=None, min_length=1, max_length=200)
+    name: LearnerName | None = None
     support: list[Example] = Field(min_length=1)
     options: Options = Options()
 
@@ -73,7 +75,7 @@ class NewLearner(_Message):
 class MoreExamples(_Message):
     """Examples that a new learner has beside those of an old one."""
 
-    name: str | None = Field(default=None, min_length=1, max_length=200)
+    name: LearnerName | None = None
     support: list[Example] = Field(min_length=1)
 
 
