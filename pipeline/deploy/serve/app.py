@@ -138,8 +138,10 @@ def _body(*kinds: type[Any]) -> dict[str, Any]:
 def _add_learners(app: FastAPI, service: Service) -> None:
     limits = service.settings.limits
     common: dict[str, Any] = {"responses": _PROBLEMS, "tags": ["learners"]}
+    there = {"model": LearnerTold, "description": "The very same is kept already."}
+    making = {**common, "status_code": 201, "responses": {**_PROBLEMS, 200: there}}
 
-    @app.post("/v1/learners", status_code=201, openapi_extra=_body(NewLearner), **common)
+    @app.post("/v1/learners", openapi_extra=_body(NewLearner), **making)
     async def make_a_learner(request: Request, response: Response, caller: _Writer) -> LearnerTold:
         """Learn a few classes from examples and keep that; 200 if the very same is kept already."""
         learner, new = await service.make(caller, await read(request, NewLearner, limits))
@@ -168,9 +170,7 @@ def _add_learners(app: FastAPI, service: Service) -> None:
         """Remove a learner and its examples, for good."""
         await service.forget(caller, id)
 
-    @app.post(
-        "/v1/learners/{id}/examples", status_code=201, openapi_extra=_body(MoreExamples), **common
-    )
+    @app.post("/v1/learners/{id}/examples", openapi_extra=_body(MoreExamples), **making)
     async def extend_a_learner(
         id: LearnerId, request: Request, response: Response, caller: _Writer
     ) -> LearnerTold:
