@@ -177,7 +177,7 @@ def _add_learners(app: FastAPI, service: Service) -> None:
         """Make a new learner of an old one and more examples; learners never change."""
         more = await read(request, MoreExamples, limits)
         parent = await service.find(caller, id)
-        items = await asyncio.to_thread(service.learners.items, caller.owner, id)
+        items = await service.examples(parent)
         wanted = NewLearner(
             name=more.name or parent.name,
             support=more.support,
@@ -202,7 +202,7 @@ def _add_learners(app: FastAPI, service: Service) -> None:
         """A zip: description, tensors, examples, hashes."""
         kept = await service.find(caller, id)
         ready = await service.ready(kept)
-        items = await asyncio.to_thread(service.learners.items, caller.owner, id)
+        items = await service.examples(kept)
         content = await asyncio.to_thread(archive, kept, ready, items)
         name = {"content-disposition": f'attachment; filename="{id}.zip"'}
         return Response(content, media_type="application/zip", headers=name)
