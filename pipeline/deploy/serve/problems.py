@@ -12,10 +12,11 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import MachineError, PipelineError
 from pipeline.runtime.logs import say
 
 MEDIA_TYPE = "application/problem+json"
+_AWAY_SECONDS = 5.0
 _MOST_OF_A_NAME = 50
 """Characters of an unknown field that are told: its name is as long as the client likes."""
 
@@ -50,6 +51,12 @@ def problem_headers(retry_after: float | None = None) -> dict[str, str]:
     return headers
 
 
+def away(error: MachineError) -> Problem:
+    """Something that the service needs, its database above all, is not there now."""
+    say("away", why=str(error))
+    return Problem(503, f"{error} Try again in a moment.", retry_after=_AWAY_SECONDS)
+
+
 def install(app: FastAPI) -> None:
     """Answer every fault of a request with a problem; no client sees a traceback."""
 
@@ -71,6 +78,10 @@ def install(app: FastAPI) -> None:
     async def on_ours(request: Request, error: Exception) -> Response:
         return answer(request, Problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)))
 
+    async def on_machine(request: Request, error: Exception) -> Response:
+        assert isinstance(error, MachineError)
+        return answer(request, away(error))
+
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         hint = "" if error.status_code != 404 else " The routes are in /openapi.json."
@@ -88,6 +99,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(PipelineError, on_ours)
+    app.add_exception_handler(MachineError, on_machine)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_form)
     app.add_exception_handler(Exception, on_fault)
