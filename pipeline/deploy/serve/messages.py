@@ -25,7 +25,7 @@ LearnerName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\u
 """No NUL: PostgreSQL keeps none."""
 LearnerId = Annotated[str, Field(pattern=r"^lrn_[0-9a-f]{32}$")]
 DOT = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEUlEQVR4nGP8/58BCpgY0AAAHgwCAS0kqZ4AAAAASU"
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAFElEQVR42mNgwAv+/2dgYGBiIAwAUT8CAbdEfvsAAAAASU"
     "VORK5CYII="
 )
 """A small PNG, for examples that can be sent as they are."""
