@@ -379,7 +379,7 @@ def test_lengths_that_are_lies_do_no_harm(service: ServiceProcess, key: str) -> 
     for wrong in ("-1", "x", "1_0", "0x10", "+5", "１", "", "5, 6"):
         assert told(f"Content-Length: {wrong}") == 400
     assert told("Content-Length: 5", "Content-Length: 6") == 400
-    assert told(f"Content-Length: {len(body)}", "Transfer-Encoding: chunked") == 400
+    assert told(f"Content-Length: {len(body)}", "Transfer-Encoding: chunked") in (400, 408)
     assert told("Transfer-Encoding: gzip") in (400, 501)
     assert told(f"Content-Length: {len(body)}", "Transfer-Encoding: identity") in (200, 400, 501)
     assert told() == 400, "no body at all"

@@ -205,6 +205,8 @@ async def _answer(problem: Problem, scope: Scope, send: Send) -> None:
     headers = problem_headers(problem.retry_after)
     if problem.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
+    content = json.dumps(body).encode()
+    headers["content-length"] = str(len(content))
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": raw})
-    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+    await send({"type": "http.response.body", "body": content})
