@@ -53,6 +53,16 @@ class PunctualProtocol(H11Protocol):
         if self._is_due() and not self.transport.is_closing():
             self._expect()
 
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; behind an answer that has begun there is nothing to say.
+
+        uvicorn says it all the same, and every such client is a traceback in the log.
+        """
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
     def _is_due(self) -> bool:
         """Whether it is the client's turn, and nobody else waits for it."""
         answered = self.cycle is not None and self.cycle.response_complete
