@@ -101,7 +101,7 @@ def wrong_keys(service: ServiceProcess) -> dict[str, str | None]:
     other = "A" if secret[-1] != "A" else "B"
     return {
         "none": None,
-        "empty": "Bearer ",
+        "empty": "Bearer",
         "no kind": good,
         "basic": "Basic " + base64.b64encode(good.encode()).decode(),
         "no form": "Bearer abc",
