@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import io
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
 import torch
 
 from pipeline.algorithms.base import Algorithm
 from pipeline.algorithms.maml import MAML
 from pipeline.algorithms.protonet import ProtoNet
 from pipeline.backbones.table import BackboneSpec, build_model, init_params
+from pipeline.deploy.bundle import Bundle, load_bundle, make_bundle
+from pipeline.deploy.serve.desk import Desk, Job
+from pipeline.deploy.serve.messages import ModelRef
+from pipeline.deploy.serve.model import Ready, Version
 from pipeline.engine.learner import Learner, Preprocessing
-from tests.unit.tiny_learner import SHAPE
+from tests.serve.asking import http, queries, support
+from tests.serve.service_process import ServiceProcess
+from tests.unit.tiny_learner import NUMBERS, SHAPE, save
 
 ALGORITHMS: dict[str, Algorithm] = {
     "protonet": ProtoNet(),
