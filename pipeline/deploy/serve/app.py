@@ -94,6 +94,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # it would send clients to whatever `Host` they were made to name
     )
     problems.install(app)
     _add_learners(app, service)
@@ -137,8 +138,10 @@ def _body(*kinds: type[Any]) -> dict[str, Any]:
 def _add_learners(app: FastAPI, service: Service) -> None:
     limits = service.settings.limits
     common: dict[str, Any] = {"responses": _PROBLEMS, "tags": ["learners"]}
+    there = {"model": LearnerTold, "description": "The very same is kept already."}
+    making = {**common, "status_code": 201, "responses": {**_PROBLEMS, 200: there}}
 
-    @app.post("/v1/learners", status_code=201, openapi_extra=_body(NewLearner), **common)
+    @app.post("/v1/learners", openapi_extra=_body(NewLearner), **making)
     async def make_a_learner(request: Request, response: Response, caller: _Writer) -> LearnerTold:
         """Learn a few classes from examples and keep that; 200 if the very same is kept already."""
         learner, new = await service.make(caller, await read(request, NewLearner, limits))
@@ -167,16 +170,14 @@ def _add_learners(app: FastAPI, service: Service) -> None:
         """Remove a learner and its examples, for good."""
         await service.forget(caller, id)
 
-    @app.post(
-        "/v1/learners/{id}/examples", status_code=201, openapi_extra=_body(MoreExamples), **common
-    )
+    @app.post("/v1/learners/{id}/examples", openapi_extra=_body(MoreExamples), **making)
     async def extend_a_learner(
         id: LearnerId, request: Request, response: Response, caller: _Writer
     ) -> LearnerTold:
         """Make a new learner of an old one and more examples; learners never change."""
         more = await read(request, MoreExamples, limits)
         parent = await service.find(caller, id)
-        items = await asyncio.to_thread(service.learners.items, caller.owner, id)
+        items = await service.examples(parent)
         wanted = NewLearner(
             name=more.name or parent.name,
             support=more.support,
@@ -201,7 +202,7 @@ def _add_learners(app: FastAPI, service: Service) -> None:
         """A zip: description, tensors, examples, hashes."""
         kept = await service.find(caller, id)
         ready = await service.ready(kept)
-        items = await asyncio.to_thread(service.learners.items, caller.owner, id)
+        items = await service.examples(kept)
         content = await asyncio.to_thread(archive, kept, ready, items)
         name = {"content-disposition": f'attachment; filename="{id}.zip"'}
         return Response(content, media_type="application/zip", headers=name)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import json
 import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
@@ -28,7 +28,10 @@ async def read(request: Request, kind: type[M], limits: Limits) -> M:
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media == "multipart/form-data":
-        return _checked(kind, await _from_files(request, limits))
+        try:
+            return _checked(kind, await _from_files(request, limits))
+        except UnicodeError:  # some codecs that `charset` may name raise it whatever they are given
+            raise Problem(400, "a part's name or text is not in the charset it claims.") from None
     if media not in ("application/json", ""):
         raise Problem(415, "send application/json or multipart/form-data.")
     try:
@@ -78,6 +81,6 @@ async def _from_files(request: Request, limits: Limits) -> dict[str, Any]:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)  # with a limit of depth, which `json` has not
     except ValueError:
         raise Problem(422, "options: is not JSON.") from None

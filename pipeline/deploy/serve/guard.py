@@ -15,8 +15,9 @@ from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 
+from pipeline.core.errors import MachineError
 from pipeline.deploy.serve.keys import Caller, Keys
-from pipeline.deploy.serve.problems import Problem, problem_body, problem_headers
+from pipeline.deploy.serve.problems import Problem, away, problem_body, problem_headers
 from pipeline.deploy.serve.settings import ServeSettings
 from pipeline.runtime.logs import say
 
@@ -83,6 +84,8 @@ class Guard:
         except Problem as problem:
             if not status:
                 await _answer(problem, scope, send_on)
+        except MachineError as error:  # of the look for the key
+            await _answer(away(error), scope, send_on)
         finally:
             self._tell(scope, status, time.monotonic() - begin)
 
@@ -202,6 +205,8 @@ async def _answer(problem: Problem, scope: Scope, send: Send) -> None:
     headers = problem_headers(problem.retry_after)
     if problem.status == HTTPStatus.UNAUTHORIZED:
         headers["www-authenticate"] = "Bearer"
+    content = json.dumps(body).encode()
+    headers["content-length"] = str(len(content))
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": raw})
-    await send({"type": "http.response.body", "body": json.dumps(body).encode()})
+    await send({"type": "http.response.body", "body": content})

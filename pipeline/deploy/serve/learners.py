@@ -116,16 +116,26 @@ def open_database(url: str) -> sa.Engine:
     if address.get_backend_name() == "sqlite" and address.database:
         Path(address.database).parent.mkdir(parents=True, exist_ok=True)
     try:
-        engine = sa.create_engine(address, pool_pre_ping=True)
+        # Errors that SQLAlchemy words would put pictures and hashes of keys into the log.
+        engine = sa.create_engine(address, pool_pre_ping=True, hide_parameters=True)
         if engine.dialect.name == "sqlite":
             sa.event.listen(engine, "connect", _durable)
         _METADATA.create_all(engine)
+        sa.event.listen(engine, "handle_error", _away)
         return engine
     except (sa.exc.SQLAlchemyError, ImportError) as error:
         reason = str(error).splitlines()[0][:200]
         raise MachineError(
             f"the database {address.render_as_string(hide_password=True)} cannot be used: {reason}"
         ) from None
+
+
+def _away(context: sa.ExceptionContext) -> None:
+    """What the database cannot do now is a fault of the machine; "it is there already" is none."""
+    if context.is_pre_ping or isinstance(context.sqlalchemy_exception, sa.exc.IntegrityError):
+        return  # what was found dead before its use is replaced
+    kind = type(context.original_exception).__name__
+    raise MachineError(f"the database of learners and keys does not answer ({kind}).") from None
 
 
 def _durable(connection: Any, record: Any) -> None:

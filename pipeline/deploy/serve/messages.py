@@ -5,7 +5,15 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    model_validator,
+)
 
 from pipeline.deploy.serve.settings import Policy
 
@@ -13,9 +21,11 @@ Label = (
     Annotated[StrictInt, Field(ge=-(2**53), le=2**53)]
     | Annotated[StrictStr, Field(min_length=1, max_length=100)]
 )
+LearnerName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\u0000]+$")]
+"""No NUL: PostgreSQL keeps none."""
 LearnerId = Annotated[str, Field(pattern=r"^lrn_[0-9a-f]{32}$")]
 DOT = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAEUlEQVR4nGP8/58BCpgY0AAAHgwCAS0kqZ4AAAAASU"
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAFElEQVR42mNgwAv+/2dgYGBiIAwAUT8CAbdEfvsAAAAASU"
     "VORK5CYII="
 )
 """A small PNG, for examples that can be sent as they are."""
@@ -29,7 +39,7 @@ class Input(_Message):
     """One picture, in one of two forms."""
 
     image: str | None = Field(default=None, description="PNG or JPEG, base64", examples=[DOT])
-    vector: list[float] | None = Field(
+    vector: list[StrictFloat] | None = Field(
         default=None,
         description="the stored picture itself: channels x height x width values from 0 to 255",
         examples=[None],
@@ -65,7 +75,7 @@ class Options(_Message):
 class NewLearner(_Message):
     """A few labelled examples of each class."""
 
-    name: str | None = Field(default=None, min_length=1, max_length=200)
+    name: LearnerName | None = None
     support: list[Example] = Field(min_length=1)
     options: Options = Options()
 
@@ -73,7 +83,7 @@ class NewLearner(_Message):
 class MoreExamples(_Message):
     """Examples that a new learner has beside those of an old one."""
 
-    name: str | None = Field(default=None, min_length=1, max_length=200)
+    name: LearnerName | None = None
     support: list[Example] = Field(min_length=1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
@@ -11,10 +12,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import MachineError, PipelineError
 from pipeline.runtime.logs import say
 
 MEDIA_TYPE = "application/problem+json"
+_AWAY_SECONDS = 5.0
+_MOST_OF_A_NAME = 50
+"""Characters of an unknown field that are told: its name is as long as the client likes."""
 
 
 class Problem(Exception):  # noqa: N818 - the standard's own word
@@ -47,14 +51,22 @@ def problem_headers(retry_after: float | None = None) -> dict[str, str]:
     return headers
 
 
+def away(error: MachineError) -> Problem:
+    """Something that the service needs, its database above all, is not there now."""
+    say("away", why=str(error))
+    return Problem(503, f"{error} Try again in a moment.", retry_after=_AWAY_SECONDS)
+
+
 def install(app: FastAPI) -> None:
     """Answer every fault of a request with a problem; no client sees a traceback."""
 
-    def answer(request: Request, problem: Problem) -> Response:
+    def answer(
+        request: Request, problem: Problem, more: Mapping[str, str] | None = None
+    ) -> Response:
         body = problem_body(
             problem.status, problem.detail, request.url.path, request.scope.get("request_id", "")
         )
-        headers = problem_headers(problem.retry_after)
+        headers = {**problem_headers(problem.retry_after), **(more or {})}
         if problem.status == HTTPStatus.UNAUTHORIZED:
             headers["www-authenticate"] = "Bearer"
         return Response(json.dumps(body), problem.status, headers)
@@ -66,10 +78,15 @@ def install(app: FastAPI) -> None:
     async def on_ours(request: Request, error: Exception) -> Response:
         return answer(request, Problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)))
 
+    async def on_machine(request: Request, error: Exception) -> Response:
+        assert isinstance(error, MachineError)
+        return answer(request, away(error))
+
     async def on_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         hint = "" if error.status_code != 404 else " The routes are in /openapi.json."
-        return answer(request, Problem(error.status_code, f"{error.detail}.{hint}"))
+        problem = Problem(error.status_code, f"{error.detail.removesuffix('.')}.{hint}")
+        return answer(request, problem, error.headers)  # a 405 says what is allowed
 
     async def on_form(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -82,6 +99,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(Problem, on_problem)
     app.add_exception_handler(PipelineError, on_ours)
+    app.add_exception_handler(MachineError, on_machine)
     app.add_exception_handler(HTTPException, on_http)
     app.add_exception_handler(RequestValidationError, on_form)
     app.add_exception_handler(Exception, on_fault)
@@ -96,6 +114,10 @@ def places_of(errors: Any) -> str:
 
 def _place(location: tuple[int | str, ...]) -> str:
     """support[2].label, without the names of the types that were tried."""
-    parts = [p for p in location if isinstance(p, int) or p not in {"body", "int", "str"}]
+    parts = [
+        p if isinstance(p, int) else p[:_MOST_OF_A_NAME]
+        for p in location
+        if isinstance(p, int) or p not in {"body", "int", "str"}
+    ]
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in parts)
     return text.removeprefix(".") or "the request"

@@ -20,7 +20,10 @@ _HEADER_SECONDS = 10.0
 
 
 class PunctualProtocol(H11Protocol):
-    """HTTP/1.1 whose clients have ten seconds for the head of a request; uvicorn sets no end."""
+    """HTTP/1.1 whose clients have ten seconds for the head of a request; uvicorn sets no end.
+
+    So long they also have for the rest of a body after an answer that did not wait for it.
+    """
 
     _late: asyncio.TimerHandle | None = None
 
@@ -32,11 +35,11 @@ class PunctualProtocol(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Maybe the head is whole now, or a next one has begun."""
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE and self._late is not None:
+        if self._is_due():
+            self._expect()
+        elif self._late is not None:
             self._late.cancel()
             self._late = None
-        elif self.conn.their_state is h11.IDLE:
-            self._expect()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The client has gone."""
@@ -44,13 +47,35 @@ class PunctualProtocol(H11Protocol):
             self._late.cancel()
         super().connection_lost(exc)
 
+    def on_response_complete(self) -> None:
+        """Maybe before the whole request has come."""
+        super().on_response_complete()
+        if self._is_due() and not self.transport.is_closing():
+            self._expect()
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no HTTP; behind an answer that has begun there is nothing to say.
+
+        uvicorn says it all the same, and every such client is a traceback in the log.
+        """
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
+    def _is_due(self) -> bool:
+        """Whether it is the client's turn, and nobody else waits for it."""
+        answered = self.cycle is not None and self.cycle.response_complete
+        theirs = self.conn.their_state
+        return theirs is h11.IDLE or (theirs is h11.SEND_BODY and answered)
+
     def _expect(self) -> None:
         if self._late is None:
             self._late = self.loop.call_later(_HEADER_SECONDS, self._end)
 
     def _end(self) -> None:
         self._late = None
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+        if self._is_due() and not self.transport.is_closing():
             self.transport.close()
 
 

@@ -104,7 +104,7 @@ class Service:
             return kept
         kept = await asyncio.to_thread(self.learners.get, caller.owner, name)
         if kept is None:
-            raise Problem(404, f"you have no learner {name}. GET /v1/learners lists yours.")
+            raise _no_learner(name)
         if len(self._found) >= self.settings.ready_learners:
             self._found.clear()
         self._found[caller.owner, name] = time.monotonic() + _FOUND_SECONDS, kept
@@ -144,15 +144,23 @@ class Service:
         ready, answers = await self.desk.do(job)
         return _predictions(kept, version, ready, answers)
 
+    async def examples(self, kept: Kept) -> list[Item]:
+        """A learner's examples; Problem 404 if it has been deleted since it was found."""
+        items = await asyncio.to_thread(self.learners.items, kept.owner, kept.id)
+        if len(items) != len(kept.labels):
+            raise _no_learner(kept.id)
+        return items
+
     async def ready(self, kept: Kept) -> Ready:
         """What the version that answers for a learner has learned of it."""
         return await self._ready_for(kept, await self._version_for(kept, "champion"))
 
     async def forget(self, caller: Caller, name: str) -> None:
         """Delete a learner; Problem 404 if there is none."""
+        deleted = await asyncio.to_thread(self.learners.delete, caller.owner, name)
         self._found.pop((caller.owner, name), None)
-        if not await asyncio.to_thread(self.learners.delete, caller.owner, name):
-            raise Problem(404, f"you have no learner {name}. GET /v1/learners lists yours.")
+        if not deleted:
+            raise _no_learner(name)
         for key in [key for key in self._ready if key[:2] == (caller.owner, name)]:
             del self._ready[key]
 
@@ -186,21 +194,19 @@ class Service:
         if (known := self._ready.get(key)) is not None:
             self._ready.move_to_end(key)
             return await asyncio.shield(known)
-        future = self._ready[key] = asyncio.get_running_loop().create_future()
-        try:
-            items = await asyncio.to_thread(self.learners.items, kept.owner, kept.id)
-            ready = await self._learn(version, kept, items)
-            future.set_result(ready)
-            self._forget_oldest()
-            return ready
-        except BaseException as error:
-            self._ready.pop(key, None)
-            if isinstance(error, Exception):
-                future.set_exception(error)
-                future.exception()  # those who wait are told; nobody waiting is no fault
-            else:
-                future.cancel()
-            raise
+        # A task of its own: the others who wait need it when the first one's time is over.
+        task = self._ready[key] = asyncio.ensure_future(self._learn_kept(version, kept))
+        task.add_done_callback(partial(self._learned, key))
+        return await asyncio.shield(task)
+
+    async def _learn_kept(self, version: Version, kept: Kept) -> Ready:
+        return await self._learn(version, kept, await self.examples(kept))
+
+    def _learned(self, key: tuple[str, str, str], task: asyncio.Future[Ready]) -> None:
+        failed = task.cancelled() or task.exception() is not None
+        if failed and self._ready.get(key) is task:
+            del self._ready[key]
+        self._forget_oldest()
 
     def _remember(self, kept: Kept, version: Version, ready: Ready) -> None:
         future = asyncio.get_running_loop().create_future()
@@ -227,6 +233,10 @@ class Service:
     async def _decoded(self, version: Version, items: Sequence[Item], place: str) -> Pictures:
         shape, limits = version.learner.preprocessing.image_shape, self.settings.limits
         return await asyncio.to_thread(decode, items, shape, limits, place)
+
+
+def _no_learner(name: str) -> Problem:
+    return Problem(404, f"you have no learner {name}. GET /v1/learners lists yours.")
 
 
 def _learn_and_answer(
