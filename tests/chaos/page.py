@@ -17,7 +17,7 @@ From `results/chaos.json`, which `make chaos SIZE=full` writes; this page by `py
 tests.chaos.page`. A try whose fault came before any progress would have failed its campaign, and so
 would other bits than an undisturbed run's, or more lost steps than the campaign allows (for kills:
 the 12 steps between two checkpoints). Seconds are from the fault until the next new step, on two cores
-that ran other campaigns too.
+that ran other campaigns too. Campaigns that the record does not hold are not listed.
 
 | fault | tries | survived | bits equal | most steps lost | seconds, median | at most |
 |---|---:|---:|---:|---:|---:|---:|
