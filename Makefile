@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .PHONY: help setup repro test test-slow test-cluster cluster-up cluster-down chaos
-.PHONY: lint format bench bench-check bench-serve ui clean doctor
+.PHONY: lint format bench bench-check bench-serve fuzz-serve ui clean doctor
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -74,6 +74,9 @@ $(BENCH_STAMP): $(STAMP)
 
 bench-serve: $(STAMP)  ## load on the service beside a bare handler and MLflow's: results/serve/load.json
 	python -m benchmarks.serving
+
+fuzz-serve: $(STAMP)  ## made-up and damaged requests to the service: results/serve/fuzz.json
+	python -m tests.serve.fuzz --cases 5000 --mutations 2000
 
 ui: $(STAMP)  ## MLflow's page, on this machine only
 	metaloom ui

@@ -32,7 +32,7 @@ class ServiceProcess:
     def __init__(self, folder: Path, model: str, **settings: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.model = folder, model
-        self.database = f"sqlite:///{folder / 'learners.db'}"
+        self.database = str(settings.pop("database", f"sqlite:///{folder / 'learners.db'}"))
         own = {"database": self.database, "cache": str(folder / "versions"), **settings}
         self.config = folder / "serve.yaml"
         self.config.write_text(yaml.safe_dump({"serve": own}))
