@@ -39,7 +39,13 @@ from tests.serve.service_process import ServiceProcess
 from tests.unit.tiny_learner import tiny_bundle
 
 BODY_BYTES = 200_000
-LIMITS = {"body_bytes": BODY_BYTES, "ways": 4, "shots": 3, "queries": 5}
+LIMITS = {
+    "body_bytes": BODY_BYTES,
+    "ways": 4,
+    "shots": 3,
+    "queries": 5,
+    "pixels_together": 3_000_000,
+}
 PATIENT = {"requests_per_second": 1000.0, "burst": 10_000, "body_seconds": 2.0}
 LEARNER = "lrn_" + "0" * 32
 
@@ -583,6 +589,20 @@ def test_pictures_have_limits(width: int, height: int, status: int, web: httpx.C
     assert answer.status_code == status
     if status == 422:
         assert "queries[0]" in is_problem(answer, 422)
+
+
+@pytest.mark.parametrize(("count", "status"), [(3, 200), (4, 422)])
+def test_all_pictures_of_a_request_have_a_limit_together(
+    count: int, status: int, web: httpx.Client
+) -> None:
+    """A hundred of the largest in one colour would fit into two megabytes, and take ten seconds."""
+    side = 1000
+    large = base64.b64encode(flat_png(side, side)).decode()
+    body = {"support": support(), "queries": [{"image": large}] * count}
+    answer = web.post("/v1/predict", json=body)
+    assert answer.status_code == status
+    if status == 422:
+        assert "queries: 4.0 million pixels together" in is_problem(answer, 422)
 
 
 def _text_bomb() -> bytes:

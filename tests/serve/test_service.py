@@ -40,11 +40,11 @@ def test_who_waits_for_a_learner_gets_it_though_the_first_asker_has_gone(tmp_pat
         return made.id
 
     async def ask_twice(name: str) -> Predictions:
-        first, second = (
-            asyncio.create_task(service.ask(CALLER, name, asked, "champion")) for _ in range(2)
-        )
+        first = asyncio.create_task(service.ask(CALLER, name, asked, "champion"))
         while not service.desk.waiting:
             await asyncio.sleep(0)
+        second = asyncio.create_task(service.ask(CALLER, name, asked, "champion"))
+        await asyncio.sleep(0)  # it is known by now which learner this is: it waits for the first
         first.cancel()
         service.desk.start()
         answer = await second

@@ -19,7 +19,7 @@ from pipeline.deploy.serve.model import Pictures
 from pipeline.deploy.serve.problems import Problem
 from pipeline.deploy.serve.settings import Limits
 from pipeline.domains.pictures import Limits as PictureLimits
-from pipeline.domains.pictures import decode_picture
+from pipeline.domains.pictures import decode_picture, num_pixels
 
 PICTURE, VECTOR = "picture", "vector"
 
@@ -96,6 +96,7 @@ def decode(
     Raises:
         Problem: 422, one is too large, damaged, of another kind or shape; says which.
     """
+    _check_pixels(items, limits, place)
     bounds = PictureLimits(limits.body_bytes, limits.pixels, limits.side)
     pictures = []
     for i, item in enumerate(items):
@@ -110,6 +111,16 @@ def decode(
         except DataError as error:
             raise Problem(422, f"{place}[{i}]: {error}") from None
     return np.stack(pictures)
+
+
+def _check_pixels(items: Sequence[Item], limits: Limits, place: str) -> None:
+    together = sum(num_pixels(item.content) for item in items if item.kind == PICTURE)
+    if len(items) > 1 and together > limits.pixels_together:
+        raise Problem(
+            422,
+            f"{place}: {together / 1e6:.1f} million pixels together; at most "
+            f"{limits.pixels_together / 1e6:g} are allowed. Send smaller pictures, or fewer.",
+        )
 
 
 def _from_vector(content: bytes, shape: tuple[int, int, int]) -> Pictures:

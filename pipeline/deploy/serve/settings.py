@@ -25,6 +25,9 @@ class Limits(Section):
     """Queries of one request."""
     pixels: PositiveInt = 4_000_000
     """Of one picture, judged by its header, before decoding."""
+    pixels_together: PositiveInt = 40_000_000
+    """Of all examples, or all queries, of one request: it is time that they take, and a picture of
+    one colour has a thousand pixels to a byte."""
     side: PositiveInt = 4096
     """Pixels of a picture's longer side."""
     learners: PositiveInt = 10_000
