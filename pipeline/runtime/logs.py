@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import sys
@@ -10,9 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from pipeline.core.errors import PipelineError
+from pipeline.core.errors import PipelineError, StorageError
 
 _LINE_INTERVAL_SECONDS = 5.0
+_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 class Bar(Protocol):
@@ -26,12 +28,24 @@ class Bar(Protocol):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a command: a PipelineError ends it with its message and status, Ctrl-C with 130."""
+    """Run a command: a PipelineError ends it with its message and status, Ctrl-C with 130.
+
+    A disk that refuses, wherever it is met, is a StorageError.
+    """
     try:
         main()
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        print(
+            f"error: cannot write into {error.filename or 'this folder'}: {error.strerror}. Free "
+            "some space or mend the disk, then run the same command again.",
+            file=sys.stderr,
+        )
+        raise SystemExit(StorageError.status) from None
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         raise SystemExit(130) from None

@@ -205,6 +205,7 @@ def disturb(
                 break
             outcomes.append(outcome)
         equal = (run.end(), digest(run.job)) == expected
+        assert equal or outcomes, "a run that nothing disturbed ended with other bits"
         for outcome in outcomes:
             found.add(dataclasses.replace(outcome, bits_equal=equal))
 
