@@ -141,18 +141,22 @@ def _best(logits_eQN: Tensor, temperature: float) -> Tensor:
 
 
 def query_logits(
-    learner: Learner, store: PictureSource, episodes: FrozenEpisodes
-) -> npt.NDArray[np.float64]:
-    """Logits [E, Q, N] of every query, in the order of the episode's labels; in one process.
+    learner: Learner, store: PictureSource, episodes: Mapping[str, FrozenEpisodes]
+) -> dict[str, npt.NDArray[np.float64]]:
+    """Logits [E, Q, N] of every query of several sets, by label; in one process.
 
     The answers of `score` are their maxima. Large: 8 bytes for each query and class.
     """
-    logits = _logits(learner, store, episodes, SINGLE, None, cached=caches_features(learner))
-    num = len(episodes.support_rows)
-    starts = range(0, num, _EPISODES_PER_CHUNK)
-    chunks = [logits(range(i, min(i + _EPISODES_PER_CHUNK, num))).double().cpu() for i in starts]
-    everything: npt.NDArray[np.float64] = torch.cat(chunks).numpy()
-    return everything
+    cached = caches_features(learner)
+    features = embed_once(learner, store, episodes.values()) if cached else None
+    found = {}
+    for name, one in episodes.items():
+        logits = _logits(learner, store, one, SINGLE, features, cached=cached)
+        num = len(one.support_rows)
+        starts = range(0, num, _EPISODES_PER_CHUNK)
+        chunks = [logits(range(i, min(i + _EPISODES_PER_CHUNK, num))) for i in starts]
+        found[name] = torch.cat(chunks).double().cpu().numpy()
+    return found
 
 
 def embed_once(

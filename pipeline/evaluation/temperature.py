@@ -65,7 +65,8 @@ def fit_calibration(
             f"a temperature is fitted on validation episodes, not on those of {', '.join(wrong)}. "
             "Read the split 'val'."
         )
-    sets = [_labelled(learner, store, one) for one in episodes.values()]
+    logits = query_logits(learner, store, episodes)
+    sets = [_labelled(logits[name], one) for name, one in episodes.items()]
     temperature = fit_temperature(sets)
     digests = {name: one.digest for name, one in episodes.items()}
     return CalibrationFit(
@@ -117,8 +118,7 @@ def slope(labelled: LabelledLogits, inverse: float) -> float:
     return float((expected - logits_nN[np.arange(len(logits_nN)), labels_n]).mean())
 
 
-def _labelled(learner: Learner, store: Store, episodes: FrozenEpisodes) -> LabelledLogits:
-    logits_EQN = query_logits(learner, store, episodes)
+def _labelled(logits_EQN: Floats, episodes: FrozenEpisodes) -> LabelledLogits:
     labels_n = episodes.query_labels.astype(np.int64).ravel()
     return logits_EQN.reshape(len(labels_n), -1), labels_n
 

@@ -116,7 +116,7 @@ def test_scores_with_a_temperature_have_other_confidences_and_the_same_answers(
 ) -> None:
     one = learner(blob_store, ProtoNet())
     episodes = read_episodes(blob_tasks, "test")["5w2s"]
-    logits = query_logits(one, blob_store, episodes)
+    logits = query_logits(one, blob_store, {"it": episodes})["it"]
     plain = score(one, blob_store, episodes)
     for temperature in (0.5, 1.0, 3.0):
         scaled = score(one, blob_store, episodes, temperature=temperature)
