@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib
 import os
 import signal
@@ -21,6 +20,7 @@ from pipeline.launch.base import BUG, FAULT, FINAL, LOST_PEER, ORPHAN, REFUSED, 
 from pipeline.launch.fault_notes import leave_note
 from pipeline.runtime.context import worker_context
 from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
+from pipeline.runtime.logs import DISK_REFUSALS
 from pipeline.runtime.metric_log import JournalLog
 
 STARTS = "starts"
@@ -29,7 +29,6 @@ STARTS = "starts"
 PARENT = "METALOOM_PARENT"
 """Environment: the process id of whoever started this one."""
 _LET_THE_OTHER_SPEAK_SECONDS = 0.5
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
 
 
 def main() -> None:
@@ -77,7 +76,7 @@ def _work(entry: str, kind: str, config_file: Path, folder: Path) -> int:
         leave_note(folder, rank, str(error))
         return FAULT
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _REFUSALS:
+        if isinstance(error, OSError) and error.errno in DISK_REFUSALS:
             _leave_error(folder, rank, disk_refuses(error.filename or folder, error))
             return FINAL
         traceback.print_exc()

@@ -14,7 +14,8 @@ from typing import Protocol
 from pipeline.core.errors import PipelineError, StorageError
 
 _LINE_INTERVAL_SECONDS = 5.0
-_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+DISK_REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}
+"""What a disk says that is full, or takes no writing."""
 
 
 class Bar(Protocol):
@@ -38,7 +39,7 @@ def run_main(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.status) from None
     except OSError as error:
-        if error.errno not in _REFUSALS:
+        if error.errno not in DISK_REFUSALS:
             raise
         print(
             f"error: cannot write into {error.filename or 'this folder'}: {error.strerror}. Free "
