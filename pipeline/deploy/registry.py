@@ -121,6 +121,9 @@ class Registry:
         made = self.find(bundle.digest)
         if made is None:
             raise RegistryError(f"{self.name} lost a version while it was made. {again}")
+        if made.source != model.model_uri:
+            with _explained(self.shown):
+                self._withdraw(bundle.digest, model.model_uri)
         return made, made.source == model.model_uri
 
     def version(self, number: int) -> Version:
@@ -306,6 +309,14 @@ class Registry:
             model_id=model.model_id,
             await_creation_for=0,
         )
+
+    def _withdraw(self, digest: str, source: str) -> None:
+        """Another registration of this bundle came first: one version of it is enough."""
+        condition = f"name = '{self.name}' and tags.`{BUNDLE_TAG}` = '{digest}'"
+        for one in self._ask(lambda: self._client.search_model_versions(condition)):
+            if one.source == source:
+                remove = partial(self._client.delete_model_version, self.name, one.version)
+                self._ask(remove)
 
     def _read_back(self, base: str, digest: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -71,6 +71,8 @@ def _in_turn(engines: dict[Strategy, Engine], work: Work) -> Calibration:
         for name in engines if turn == 0 else list(seconds):
             if turn == 0 and seconds and time.perf_counter() - begin > LONGEST_SECONDS:
                 break
+            if work.context.stopping():
+                return Calibration({}, any_failed=True)
             try:
                 once = _seconds(runs[name], engines[name], work, counts[name])
             except RuntimeError as error:

@@ -26,7 +26,7 @@ from pipeline.core.types import Params, Task
 from pipeline.engine.calibration import Work, calibrate
 from pipeline.engine.memory import bytes_for_a_worker, bytes_of, planned_bytes
 from pipeline.engine.meta_gradient import Arithmetic, Engine, Strategy, meta_gradient
-from pipeline.runtime.collectives import gather_shares
+from pipeline.runtime.collectives import gather_shares, stop_together
 from pipeline.runtime.context import Context, fingerprint
 from pipeline.runtime.logs import say
 from pipeline.tasks.spec import EpisodeSpec, bounds
@@ -86,12 +86,16 @@ def choose_engine(
     Args:
         tasks: one group of the largest shape.
         memory: a JSON file with the choices of earlier runs on this machine, which hold.
+
+    Raises:
+        StoppedError: on every worker, when one was asked to stop.
     """
     found = Engine()
     if context.is_main:
         work = Work(algorithm, model, params, tasks, context)
         found = _remembered_or_new(config, work, memory)
     context.wait_for_main("choosing an engine")
+    stop_together(context, "the choice of an engine")
     return _broadcast(found, context)
 
 

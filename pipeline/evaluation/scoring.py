@@ -20,7 +20,7 @@ from torch import Tensor
 from pipeline.core.errors import ArtefactError
 from pipeline.engine.features import caches_features, feature_head
 from pipeline.engine.learner import Learner
-from pipeline.runtime.collectives import gather_shares, share
+from pipeline.runtime.collectives import gather_shares, share, stop_together
 from pipeline.runtime.context import SINGLE, Context
 from pipeline.tasks.frozen import FrozenEpisodes
 
@@ -115,12 +115,17 @@ def score(
         features: of all the rows of these episodes, if they are at hand.
         temperature: what the logits are divided by; it changes confidences, never an answer.
         advance: called with the number of episodes that this worker has just finished.
+
+    Raises:
+        StoppedError: on every worker, when one was asked to stop.
     """
     own = share(len(episodes.support_rows), context.rank, context.world_size)
     cached = cache_features and caches_features(learner)
     logits = _logits(learner, store, episodes, context, features, cached=cached)
     parts = []
     for start in range(own.start, own.stop, _EPISODES_PER_CHUNK):
+        if context.stopping():
+            break
         chunk = range(start, min(start + _EPISODES_PER_CHUNK, own.stop))
         parts.append(_best(logits(chunk), temperature))
         if advance is not None:
@@ -129,6 +134,7 @@ def score(
     nothing = torch.zeros(0, width, 2, dtype=torch.float64, device=context.device)
     local = torch.cat(parts) if parts else nothing
     context.wait_for_all("scores")
+    stop_together(context, "an evaluation")
     answers = gather_shares(local, len(episodes.support_rows), context).cpu().numpy()
     return _as_scores(episodes, answers[..., 0], answers[..., 1].astype(np.int64))
 
@@ -249,10 +255,13 @@ def embed_rows(
     )
     with torch.no_grad():
         for i, chunk in enumerate(chunks[own.start : own.stop]):
+            if context.stopping():
+                break
             inputs = learner.preprocessing(_pictures(store, chunk, context))
             features, _ = learner.model.features(learner.params, inputs, learner.model.statistics)
             padded[i, : len(chunk)] = features
     context.wait_for_all("features")
+    stop_together(context, "an evaluation")
     return gather_shares(padded, len(chunks), context).flatten(0, 1)[: len(rows)]
 
 

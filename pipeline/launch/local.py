@@ -20,7 +20,7 @@ from pipeline.core.files import read_json
 from pipeline.launch.attempts import Attempts
 from pipeline.launch.base import FINAL, LOST_PEER, REFUSED, STOPPED, Job
 from pipeline.launch.fault_notes import note_of
-from pipeline.launch.worker import PARENT, STARTS, disk_refuses
+from pipeline.launch.worker import HEARD, PARENT, STARTS, disk_refuses
 from pipeline.runtime.logs import say
 
 _LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
@@ -35,7 +35,8 @@ WORKER_ENVIRONMENT = {**KEEP_MEMORY, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": 
 """Of every worker, whatever launches it."""
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 5.0
-_STOP_SECONDS = 60.0
+STOP_SECONDS = 60.0
+"""How long workers that were asked to stop may take to leave a checkpoint."""
 
 
 class _RestartError(Exception):
@@ -71,7 +72,8 @@ def prepare(job: Job, folder: Path) -> None:
     """Write the job's configuration where its workers read it."""
     folder.mkdir(parents=True, exist_ok=True)
     notes = [*folder.glob("error-*.json"), *folder.glob("fault-*.json")]
-    for stale in [folder / "result.json", folder / "progress", folder / STARTS, *notes]:
+    told = [folder / name for name in ("result.json", "progress", STARTS, HEARD)]
+    for stale in [*told, *notes]:
         stale.unlink(missing_ok=True)
     (folder / "config.json").write_text(job.config.model_dump_json())
 
@@ -188,11 +190,8 @@ def _wait(workers: list[subprocess.Popen[bytes]], folder: Path, asked: Callable[
         now = time.monotonic()
         if lost_since and now - lost_since > _GRACE_SECONDS:
             raise _RestartError("workers lost their connections to each other")
-        if told_since and now - told_since > _STOP_SECONDS:
-            raise StoppedError(
-                f"asked to stop, but no step ended within {_STOP_SECONDS:g} s. Run the same "
-                f"command again: it goes on from the checkpoint of step {progress_in(folder)}."
-            )
+        if told_since and now - told_since > STOP_SECONDS:
+            raise did_not_stop(folder, STOP_SECONDS)
         time.sleep(_POLL_SECONDS)
     if stopped:
         _stopped(folder, asked())
@@ -201,9 +200,21 @@ def _wait(workers: list[subprocess.Popen[bytes]], folder: Path, asked: Callable[
 def _stopped(folder: Path, asked: bool) -> None:
     if not asked:
         raise _RestartError("a worker was asked to stop, and this process was not")
-    raise StoppedError(
-        f"stopped behind the checkpoint of step {progress_in(folder)}, as asked. Run the same "
-        "command again to go on."
+    raise stopped_as_asked(folder)
+
+
+def stopped_as_asked(folder: Path) -> StoppedError:
+    """The error of a run whose workers have stopped because they were asked to."""
+    step = progress_in(folder)
+    where = f"behind the checkpoint of step {step}" if step else "before the first step"
+    return StoppedError(f"stopped {where}, as asked. Run the same command again to go on.")
+
+
+def did_not_stop(folder: Path, seconds: float) -> StoppedError:
+    """The error of a run whose workers were asked to stop and had to be killed."""
+    return StoppedError(
+        f"asked to stop, but no step ended within {seconds:g} s. Run the same command again: it "
+        f"goes on from the checkpoint of step {progress_in(folder)}."
     )
 
 

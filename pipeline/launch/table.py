@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +62,35 @@ def launch(entry: str, config: Section, *, most: int, outputs: Sequence[Path] = 
         )
     job = Job(entry, config, number, least, max_restarts_from_environment(), tuple(outputs))
     _FOLDER.mkdir(parents=True, exist_ok=True)
-    for old in sorted(_FOLDER.glob("run-*"), key=lambda path: path.stat().st_mtime)[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    _remove_old_folders()
     folder = Path(tempfile.mkdtemp(dir=_FOLDER, prefix="run-"))
-    result = LAUNCHERS[name](job, folder)
+    with _alone_with(folder):
+        result = LAUNCHERS[name](job, folder)
     shutil.rmtree(folder)  # kept when the run failed: it holds the workers' logs
     return result
+
+
+def _remove_old_folders() -> None:
+    """All but the latest of those that failed; other launches may run beside this one."""
+    ages: dict[Path, float] = {}
+    for folder in _FOLDER.glob("run-*"):
+        with contextlib.suppress(FileNotFoundError):
+            ages[folder] = folder.stat().st_mtime
+    for old in sorted(ages, key=lambda folder: ages[folder])[:-_KEPT]:
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), _alone_with(old):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _alone_with(folder: Path) -> Iterator[None]:
+    """Hold a launch's folder; the kernel lets go of it however this process ends.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(held)

@@ -11,6 +11,7 @@ import contextlib
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -19,10 +20,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core import errors
-from pipeline.core.errors import ConfigError, MachineError, StoppedError, TrainingError
+from pipeline.core.errors import ConfigError, MachineError, TrainingError
 from pipeline.core.files import read_json
 from pipeline.launch.base import Job, num_workers_from_environment
-from pipeline.launch.local import final_error, prepare, progress_in, stop_asked
+from pipeline.launch.local import (
+    STOP_SECONDS,
+    did_not_stop,
+    final_error,
+    prepare,
+    stop_asked,
+    stopped_as_asked,
+)
 from pipeline.launch.network import Endpoint, parse_endpoint, require_free
 from pipeline.launch.torchrun_board import Announcement, description, is_open
 from pipeline.launch.torchrun_hosts import (
@@ -38,13 +46,13 @@ from pipeline.launch.torchrun_story import (
     agents_last_words,
     how_it_ended,
 )
-from pipeline.launch.worker import resolve
+from pipeline.launch.worker import HEARD, STARTS, resolve
 from pipeline.runtime.lineage import code_hash, code_root
 from pipeline.runtime.logs import say
 from pipeline.runtime.noticeboard import Noticeboard, SilentError
 
 _POLL_SECONDS = 0.1
-_GRACE_SECONDS = 60.0
+_GRACE_SECONDS = 5.0
 _PATIENCE_SECONDS = 15.0
 """For the noticeboard; no signal is heard meanwhile."""
 _GAVE_UP, _SIGNALS = 2, 128
@@ -148,10 +156,9 @@ def _serve(
 ) -> None:
     """Take part in one run until it ends, or until the driver is gone."""
     if told["code"] != code_hash(code_root()):
-        raise ConfigError(
-            f"the driver at {endpoint} runs other code than this host has. Check out the same "
-            "commit on both, then run `metaloom join` again."
-        )
+        mend = "Check out the same commit on both, then run `metaloom join` again."
+        _tell(endpoint, "refused", f"{socket.gethostname()} has other code than this host. {mend}")
+        raise ConfigError(f"the driver at {endpoint} runs other code than this host has. {mend}")
     ours = told["entry"].startswith("pipeline.") and told["config_type"].startswith("pipeline.")
     if not ours or not re.fullmatch(r"[0-9a-f]{12}", told["run"]):
         raise ConfigError(f"{endpoint} announces {told['entry']!r}, which is no run of ours.")
@@ -165,12 +172,11 @@ def _serve(
             if asked():
                 agent.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    agent.wait(_GRACE_SECONDS)
+                    agent.wait(STOP_SECONDS + _GRACE_SECONDS)
                 return
             if error := final_error(folder):
-                with contextlib.suppress(MachineError):  # a driver that has gone needs no telling
-                    board = Noticeboard.connect(*endpoint, patience=_PATIENCE_SECONDS)
-                    board.put("error", {"kind": type(error).__name__, "message": str(error)})
+                told_error = {"kind": type(error).__name__, "message": str(error)}
+                _tell(endpoint, "error", told_error)
                 return
             time.sleep(_POLL_SECONDS)
         if not agent.returncode:
@@ -179,11 +185,16 @@ def _serve(
         end_agent(agent)
 
 
+def _tell(endpoint: Endpoint, name: str, what: Any) -> None:
+    with contextlib.suppress(MachineError):  # a driver that has gone needs no telling
+        Noticeboard.connect(*endpoint, patience=_PATIENCE_SECONDS).put(name, what)
+
+
 def _next_job(endpoint: Endpoint, last: str) -> dict[str, Any] | None:
     """What the driver wants done, if there is one with a job that is not the last one.
 
     Raises:
-        MachineError: what listens there is no driver.
+        MachineError: what listens there is no driver, nor ever was.
     """
     if not is_open(endpoint):
         return None
@@ -192,6 +203,8 @@ def _next_job(endpoint: Endpoint, last: str) -> dict[str, Any] | None:
             *endpoint, patience=_PATIENCE_SECONDS
         ).get("job")
     except SilentError:
+        if last:
+            return None
         raise
     except MachineError:  # the run has just ended
         return None
@@ -217,7 +230,7 @@ def _wait(
         if asked() and not told_since:
             told_since = time.monotonic()
             agent.send_signal(signal.SIGTERM)
-        if told_since and time.monotonic() - told_since > _GRACE_SECONDS:
+        if told_since and time.monotonic() - told_since > STOP_SECONDS + _GRACE_SECONDS:
             break
         if error := final_error(folder):
             raise error
@@ -231,22 +244,20 @@ def _wait(
     if error := final_error(folder):
         raise error
     if told_since:
-        raise StoppedError(
-            f"stopped behind the checkpoint of step {progress_in(folder)}, as asked. Run the same "
-            "command again to go on."
-        )
+        heard = (folder / HEARD).exists() or not (folder / STARTS).exists()
+        raise stopped_as_asked(folder) if heard else did_not_stop(folder, STOP_SECONDS)
     if agent.returncode:
-        raise _failed(agent.returncode, folder, story)
+        raise _failed(agent.returncode, folder, story, alone=board is None)
 
 
-def _failed(status: int, folder: Path, story: Story) -> Exception:
+def _failed(status: int, folder: Path, story: Story, *, alone: bool) -> Exception:
     again = "Run the same command again: it resumes from the last checkpoint."
     if status < 0 or status > _SIGNALS:
         number = status if status < 0 else _SIGNALS - status
         return _LostAgentError(f"torchrun's agent {how_it_ended(number)}.")
     if status == _GAVE_UP:
-        words = agents_last_words(folder)
-        return MachineError(
-            f"torchrun's agent ended: {words}. Its log is {folder / AGENT_LOG}. {again}"
-        )
+        how = f"torchrun's agent ended: {agents_last_words(folder)}. Its log is"
+        how += f" {folder / AGENT_LOG}."
+        # Of one host it is mostly the port: somebody else took it since it was found to be free.
+        return _LostAgentError(how) if alone else MachineError(f"{how} {again}")
     return TrainingError(f"{story.cause()} {again}")

@@ -14,6 +14,7 @@ from pipeline.launch.base import Job
 from pipeline.launch.network import Endpoint
 from pipeline.launch.torchrun_hosts import Hosts
 from pipeline.runtime.lineage import code_hash, code_root
+from pipeline.runtime.logs import say
 from pipeline.runtime.noticeboard import Noticeboard
 
 _POLL_SECONDS = 0.2
@@ -60,9 +61,13 @@ class Announcement:
             return self._listen(board)
 
     def _listen(self, board: Noticeboard) -> None:
+        refused = None
         with contextlib.suppress(MachineError):  # a run that goes on needs no listener
             while self._goes_on() and self.answer is None:
                 self.answer = board.get("error")
+                if (latest := board.get("refused")) != refused:
+                    refused = latest
+                    say("host refused", why=refused)
 
 
 def is_open(endpoint: Endpoint) -> bool:

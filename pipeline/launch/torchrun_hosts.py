@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from pipeline.core.errors import ConfigError
 from pipeline.launch.base import Job, bounds_from_environment
-from pipeline.launch.local import WORKER_ENVIRONMENT, worker_arguments
+from pipeline.launch.local import STOP_SECONDS, WORKER_ENVIRONMENT, worker_arguments
 from pipeline.launch.network import Endpoint, free_endpoint, interface_towards, parse_endpoint
 from pipeline.launch.processes import end_workers_of
 from pipeline.launch.torchrun_story import AGENT_LOG
@@ -82,6 +82,7 @@ def start_agent(
         **WORKER_ENVIRONMENT,
         PARENT: str(os.getpid()),
         "METALOOM_MAIN_HOST": str(int(is_main)),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(STOP_SECONDS)),
         # With it, a host that comes later waits for an address that nobody tells it (torch 2.13).
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", local.interface),

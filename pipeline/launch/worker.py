@@ -26,6 +26,9 @@ from pipeline.runtime.metric_log import JournalLog
 STARTS = "starts"
 """A line for each start of the workers: the step of the checkpoint, and how many they are."""
 
+HEARD = "stopped"
+"""Made by a worker that has stopped because it was asked to."""
+
 PARENT = "METALOOM_PARENT"
 """Environment: the process id of whoever started this one."""
 _LET_THE_OTHER_SPEAK_SECONDS = 0.5
@@ -65,6 +68,7 @@ def _work(entry: str, kind: str, config_file: Path, folder: Path) -> int:
                 write_json(folder / "result.json", result)
     except StoppedError as error:
         print(str(error), file=sys.stderr)
+        (folder / HEARD).touch()
         return STOPPED
     except PipelineError as error:
         _leave_error(folder, rank, error)

@@ -39,7 +39,7 @@ def save_checkpoint(
     """
     target = folder / _name(step)
     if target.exists():
-        return  # the same step of the same run holds the same bits: never overwrite
+        return  # the same step of the same run has the same weights: never overwrite
     try:
         with new_folder(target, step=step, run=folder.name) as building:
             safetensors.torch.save_file(

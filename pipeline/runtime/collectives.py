@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeline.core.errors import ConfigError
+from pipeline.core.errors import ConfigError, StoppedError
 from pipeline.runtime.context import Context
 
 
@@ -118,6 +118,17 @@ def broadcast_bytes(content: bytes | None, source: int, context: Context) -> byt
     shared = sent if dist.get_backend() == "gloo" else sent.to(context.device)
     dist.broadcast(shared, source)
     return shared.cpu().numpy().tobytes()
+
+
+def stop_together(context: Context, what: str) -> None:
+    """End what all workers do, if any of them was asked to stop; every worker calls it.
+
+    Raises:
+        StoppedError: on every worker.
+    """
+    own = torch.tensor([float(context.stopping())], device=context.device)
+    if bool(gather_shares(own, context.world_size, context).any()):
+        raise StoppedError(f"stopped in {what}, as asked")
 
 
 def barrier() -> None:

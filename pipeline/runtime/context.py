@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.core.errors import ConfigError
+from pipeline.runtime.faults import LostPeerError
 from pipeline.runtime.metric_log import JournalLog, MetricLog
 from pipeline.runtime.pulse import Pulse
 
@@ -27,7 +27,6 @@ TIMEOUT_SECONDS = 60.0
 """How long a collective waits for the slowest worker, unless METALOOM_TIMEOUT_SECONDS says else."""
 _MAIN_WORK_SECONDS = 1800.0
 _MOST_SECONDS = 86_400.0
-_POLL_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -69,23 +68,36 @@ class Context:
         """Wait while the main worker does something alone that may last longer than a collective.
 
         Every worker calls it, the main one when it has done; once per name and group.
+
+        Raises:
+            HungPeerError: a worker shows no sign of life for the timeout; or it took half an hour.
         """
         if self.store is None:
             return
+        key = f"done-{what}"
         if self.is_main:
-            self.store.set(f"done-{what}", "1")
-        self.store.wait([f"done-{what}"], timedelta(seconds=_MAIN_WORK_SECONDS))
+            self.store.set(key, "1")
+        self._wait_for(key, f"waiting for the main worker ({what})")
 
     def wait_for_all(self, what: str) -> None:
         """Wait until every worker is here, longer than a collective would: before one that ends
-        work of some length, of which one worker may have more than another."""
+        work of some length, of which one worker may have more than another.
+
+        Raises:
+            HungPeerError: a worker shows no sign of life for the timeout; or it took half an hour.
+        """
         if self.store is None:
             return
-        key = f"all-{what}"
-        last = math.ceil(self.store.add(key, 1) / self.world_size) * self.world_size
-        deadline = time.monotonic() + _MAIN_WORK_SECONDS
-        while self.store.add(key, 0) < last and time.monotonic() < deadline:
-            time.sleep(_POLL_SECONDS)
+        number = self.store.add(f"all-{what}", 1)
+        key = f"all-{what}-{math.ceil(number / self.world_size)}"
+        if number % self.world_size == 0:
+            self.store.set(key, "1")
+        self._wait_for(key, f"waiting for all workers ({what})")
+
+    def _wait_for(self, key: str, what: str) -> None:
+        store = self.store
+        assert store is not None and self.pulse is not None
+        self.pulse.wait(lambda: store.check([key]), what, _MAIN_WORK_SECONDS)
 
 
 SINGLE = Context(rank=0, world_size=1, device=torch.device("cpu"))
@@ -122,7 +134,7 @@ def worker_context(
     store = None
     if world_size > 1 or device.type == "cuda":
         store = _join(rank, world_size, device, sharing, timeout)
-    pulse = Pulse(store, rank, world_size) if store is not None else None
+    pulse = None if store is None else Pulse(store, rank, world_size, timeout)
     yield Context(
         rank,
         world_size,
@@ -157,33 +169,42 @@ def joined_context(
     device = _device()
     # Not public, and the only way to a store where somebody else made the group.
     store = PrefixStore("metaloom", _get_default_store()) if world_size > 1 else None
+    timeout = timeout_from_environment()
     return Context(
         rank,
         world_size,
         device,
         math.ceil(local_size / torch.cuda.device_count()) if device.type == "cuda" else 1,
         local_rank=int(os.environ["LOCAL_RANK"]),
-        timeout_seconds=timeout_from_environment(),
+        timeout_seconds=timeout,
         store=store,
-        pulse=Pulse(store, rank, world_size) if store is not None else None,
+        pulse=None if store is None else Pulse(store, rank, world_size, timeout),
         stopping=stopping,
         open_log=open_log,
     )
 
 
 def _join(rank: int, world_size: int, device: torch.device, sharing: int, timeout: float) -> Store:
-    """Make the default group; returns the store by which its workers found each other."""
+    """Make the default group; returns the store by which its workers found each other.
+
+    Raises:
+        LostPeerError: not all of them came, or one went away meanwhile.
+    """
     url = os.environ.get("METALOOM_INIT", "env://")
-    store, rank, world_size = next(rendezvous(url, rank, world_size))
     backend = backend_for(device, sharing)
-    dist.init_process_group(
-        backend,
-        store=PrefixStore("group", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout),
-        device_id=device if backend == "nccl" else None,
-    )
+    try:
+        store, rank, world_size = next(rendezvous(url, rank, world_size))
+        dist.init_process_group(
+            backend,
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout),
+            device_id=device if backend == "nccl" else None,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        why = str(error).partition("\n")[0]
+        raise LostPeerError(f"the workers did not find each other: {why}") from error
     return PrefixStore("metaloom", store)
 
 

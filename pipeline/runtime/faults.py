@@ -5,14 +5,20 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from pipeline.runtime.context import Context
+from torch.distributed import DistNetworkError
+
+if TYPE_CHECKING:
+    from pipeline.runtime.context import Context
 
 _GONE = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
     "Connection refused",
+    "Failed to recv",
+    "Failed to send",
 )
 _TIMED_OUT = ("Timed out waiting", "timed out", "Timeout")
 
@@ -26,7 +32,7 @@ class LostPeerError(FaultError):
 
 
 class HungPeerError(FaultError):
-    """A collective timed out."""
+    """A worker did not come within the timeout."""
 
 
 class DivergenceError(FaultError):
@@ -45,7 +51,7 @@ def peers_watched(context: Context) -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch.distributed raises nothing narrower over gloo
         text = str(error)
-        if any(sign in text for sign in _GONE):
+        if isinstance(error, DistNetworkError) or any(sign in text for sign in _GONE):
             raise LostPeerError(text.splitlines()[0]) from error
         if any(sign in text for sign in _TIMED_OUT) and context.pulse is not None:
             traceback.print_tb(error.__traceback__)  # where this one waited; the others tell theirs

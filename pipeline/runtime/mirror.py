@@ -114,7 +114,7 @@ class Mirror:
                 backoff, warned = _POLL_SECONDS, False
                 if ending:
                     return
-            except OSError as error:
+            except Exception as error:  # whatever a store's client raises, training goes on
                 if not warned:
                     print(
                         f"warning: {self._storage.uri} takes no checkpoint ({_first_line(error)}); "

@@ -1,4 +1,4 @@
-"""Which worker does not answer: asked when a collective has timed out, at no cost before."""
+"""Which worker lives: each one's heartbeat, waits that end without it, and the roll call."""
 
 from __future__ import annotations
 
@@ -8,27 +8,40 @@ import json
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from torch.distributed.distributed_c10d import Store
 
+from pipeline.runtime.faults import HungPeerError
+
 _POLL_SECONDS = 0.25
+_MOST_SECONDS_BETWEEN_BEATS = 5.0
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.002, 0.05
 _PATIENCE_SECONDS = 1.0
 _STORE_PATIENCE_SECONDS = 3.0
 
 
 class Pulse:
-    """Answers roll calls of other workers from a thread of its own, and calls them.
+    """Tells the others from a thread of its own that this worker lives, and answers roll calls.
 
     A process that is stopped, or whose machine is gone, does not answer. One that lives answers
     with the step that it is at, so that the one which everybody waits for is known; and it writes
     the stacks of its threads to its log. The first worker may hold the store in its own process:
     then nobody is answered when it is stopped.
+
+    Args:
+        timeout_seconds: a worker without a heartbeat for so long is given up.
     """
 
-    def __init__(self, store: Store, rank: int, world_size: int) -> None:
+    def __init__(
+        self, store: Store, rank: int, world_size: int, timeout_seconds: float = 60.0
+    ) -> None:
         self.step = 0
         """How far this worker is."""
         self._store, self._rank, self._world_size = store, rank, world_size
+        self._timeout_seconds = timeout_seconds
+        self._between_beats = min(_MOST_SECONDS_BETWEEN_BEATS, timeout_seconds / 8)
         self._ended = threading.Event()
         self._answered = threading.Lock()
         self._thread = threading.Thread(target=self._listen, daemon=True, name="pulse")
@@ -38,6 +51,50 @@ class Pulse:
         """Answer no more."""
         self._ended.set()
         self._thread.join(2 * _POLL_SECONDS)
+
+    def wait(self, arrived: Callable[[], bool], what: str, most_seconds: float) -> None:
+        """Wait until something has arrived in the store, while all workers live.
+
+        The store is asked by another thread, since it may never answer.
+
+        Raises:
+            HungPeerError: a worker has shown no sign of life for the timeout; or it took too long.
+            RuntimeError: the store has gone.
+        """
+        seen = _Seen(self._world_size)
+        asker = threading.Thread(target=self._ask, args=(arrived, seen), daemon=True, name="wait")
+        asker.start()
+        deadline = time.monotonic() + most_seconds
+        while not seen.ended.wait(self._between_beats):
+            if (quiet := seen.seconds_of_silence()) > self._timeout_seconds:
+                seen.given_up = True
+                why = f"no sign of life for {quiet:.3g} s"
+            elif time.monotonic() > deadline:
+                seen.given_up = True
+                why = f"not done within {most_seconds:g} s"
+            else:
+                continue
+            raise HungPeerError(f"{what}, at step {self.step}: {why}: {self.roll_call()}")
+        if seen.error is not None:
+            raise seen.error
+
+    def _ask(self, arrived: Callable[[], bool], seen: _Seen) -> None:
+        pause, next_look = _FIRST_PAUSE_SECONDS, 0.0
+        try:
+            while not seen.given_up and not arrived():
+                if time.monotonic() >= next_look:
+                    self._look(seen)
+                    next_look = time.monotonic() + self._between_beats / 2
+                time.sleep(pause)
+                pause = min(1.5 * pause, _LONGEST_PAUSE_SECONDS)
+        except RuntimeError as error:
+            seen.error = error
+        seen.ended.set()
+
+    def _look(self, seen: _Seen) -> None:
+        for rank in range(self._world_size):
+            if self._store.check([f"beat-{rank}"]):
+                seen.hear(rank, self._store.get(f"beat-{rank}"))
 
     def roll_call(self) -> str:
         """Who does not answer, and else who is behind; soon, whatever the store does."""
@@ -71,8 +128,12 @@ class Pulse:
         return f"all {self._world_size} workers answer, from step {most}: the network between them"
 
     def _listen(self) -> None:
-        while not self._ended.wait(_POLL_SECONDS):
+        beats, next_beat = 0, 0.0
+        while not self._ended.wait(min(_POLL_SECONDS, self._between_beats)):
             try:
+                if time.monotonic() >= next_beat:
+                    beats, next_beat = beats + 1, time.monotonic() + self._between_beats
+                    self._store.set(f"beat-{self._rank}", str(beats))
                 called = self._store.check(["roll-call"])
             except RuntimeError:  # the store's host is gone: whoever trains will hear of it
                 return
@@ -84,6 +145,30 @@ class Pulse:
         if self._answered.acquire(blocking=False):
             faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
             self._store.set(f"here-{self._rank}", json.dumps(self.step))
+
+
+@dataclass
+class _Seen:
+    """What a wait has seen of the others."""
+
+    world_size: int
+    beats: dict[int, tuple[bytes, float]] = field(default_factory=dict)
+    """By rank: the newest heartbeat, and when it was new."""
+    since: float = field(default_factory=time.monotonic)
+    ended: threading.Event = field(default_factory=threading.Event)
+    error: RuntimeError | None = None
+    given_up: bool = False
+
+    def hear(self, rank: int, beat: bytes) -> None:
+        """Note a heartbeat, which may be the one that is known."""
+        if rank not in self.beats or self.beats[rank][0] != beat:
+            self.beats[rank] = (beat, time.monotonic())
+
+    def seconds_of_silence(self) -> float:
+        """Of the worker that has been silent for longest."""
+        heard = dict(self.beats)
+        last = [heard[rank][1] if rank in heard else self.since for rank in range(self.world_size)]
+        return time.monotonic() - min(last)
 
 
 def _workers(ranks: list[int]) -> str:

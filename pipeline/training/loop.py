@@ -108,7 +108,8 @@ def optimise(
     Raises:
         TrainingError: non-finite numbers or too many spikes.
         StorageError: a disk that refuses checkpoints.
-        StoppedError: a worker was asked to stop; all stopped behind a checkpoint of the same step.
+        StoppedError: a worker was asked to stop; all stopped behind a checkpoint of the same step,
+            which may still await its validation.
         DivergenceError: workers hold other parameters than each other, seen before a checkpoint
             and before an incident is blamed on the data; to be started again.
     """
@@ -126,34 +127,40 @@ def optimise(
             _tell_again(saved, log, context)
         with _show(label, program, config, state, context) as bar, feed:
             pace = Pace(program.unit, lambda: feed.waited_seconds)
-            while state.progress.step < config.num_steps and state.progress.stopped is None:
+            while not stopping and not _is_over(state, config):
                 context.at_step(state.progress.step)
-                state = past_skipped(state, program.num_groups)
-                params = unflatten(state.vector, start)
-                step = take_step(program, feed, params, state.progress, config.reduction, context)
-                if found := _incident(step, state, program, config):
-                    check_agreement(state.checkpoint()[0], state.progress.step, context)
-                    cells = _to_leave_out(found, state, config, incidents, context)
-                    bar.advance((snapshot.progress.step - state.progress.step) * per_step)
-                    state = snapshot = rolled_back(snapshot, cells)
-                    continue
-                state = _update(state, step, config)
-                rates = pace.count(per_step) | stragglers.look(step.seconds, step.waited)
-                if _is_due(state, config, config.validate_every):
-                    state = _validated(state, program, start, validate, config)
+                if _awaits_validation(state, config):
+                    try:
+                        state = _validated(state, program, start, validate, config)
+                    except StoppedError:  # of every worker; it is for the next start to do
+                        stopping = True
+                    else:
+                        recent.append(_told_validation(state, log, bar, context))
                     pace.restart()
-                recent.append(_reported(state, rates, log, bar, per_step, context))
-                ends = step.stop or state.progress.stopped is not None
+                else:
+                    state = past_skipped(state, program.num_groups)
+                    params = unflatten(state.vector, start)
+                    at, kind = state.progress, config.reduction
+                    step = take_step(program, feed, params, at, kind, context)
+                    if found := _incident(step, state, program, config):
+                        cells = _to_leave_out(found, state, config, incidents, context)
+                        bar.advance((snapshot.progress.step - at.step) * per_step)
+                        state = snapshot = rolled_back(snapshot, cells)
+                        continue
+                    state, stopping = _update(state, step, config), step.stop
+                    rates = pace.count(per_step) | stragglers.look(step.seconds, step.waited)
+                    recent.append(_reported(state, rates, log, bar, per_step, context))
+                    if _awaits_validation(state, config) and not stopping:
+                        continue  # so that a checkpoint has it
+                ends = stopping or state.progress.stopped is not None
                 if ends or _is_due(state, config, config.checkpoint_every):
                     snapshot = state
-                    stopping = _checkpointed(state, recent, keeper, log, context) or step.stop
+                    stopping = _checkpointed(state, recent, keeper, log, context) or stopping
                     recent = []
-                if stopping:
-                    break
     context.wait_for_main("last upload")
     barrier()
     log.close()
-    if stopping and state.progress.step < config.num_steps and state.progress.stopped is None:
+    if not _is_over(state, config):
         raise StoppedError(f"stopped behind the checkpoint of step {state.progress.step}")
     return state
 
@@ -231,7 +238,9 @@ def _to_leave_out(
 
     Raises:
         TrainingError: the configuration says to stop, or it has happened too often.
+        DivergenceError: a worker errs, not the data.
     """
+    check_agreement(state.checkpoint()[0], state.progress.step, context)
     if incidents is not None:
         found = incidents.keep(found, state.vector, context)
     policy = config.on_spike if found.kind == SPIKE else config.on_non_finite
@@ -283,6 +292,20 @@ def _is_due(state: TrainState, config: OuterConfig, every: int) -> bool:
     return step % every == 0 or step == config.num_steps
 
 
+def _awaits_validation(state: TrainState, config: OuterConfig) -> bool:
+    """Whether the latest step is one to be validated, and has not been."""
+    at = state.progress
+    due = at.step > 0 and _is_due(state, config, config.validate_every)
+    return due and "val_accuracy" not in at.history[-1]
+
+
+def _is_over(state: TrainState, config: OuterConfig) -> bool:
+    """Whether there is nothing left to do."""
+    at = state.progress
+    ended = at.step >= config.num_steps or at.stopped is not None
+    return ended and not _awaits_validation(state, config)
+
+
 def _validated(
     state: TrainState, program: Program, like: Params, validate: Validate, config: OuterConfig
 ) -> TrainState:
@@ -317,9 +340,18 @@ def _reported(
     if context.is_main:
         log.write(point)
     bar.note(loss=entry["loss"], data_wait=f"{rates['data_wait_fraction']:.1%}")
-    if "val_accuracy" in entry:
-        bar.note(val_accuracy=entry["val_accuracy"])
     bar.advance(per_step)
+    return point
+
+
+def _told_validation(state: TrainState, log: MetricLog, bar: Bar, context: Context) -> Point:
+    """Show a validation, and record it on the main worker."""
+    at = state.progress
+    value = float(at.history[-1]["val_accuracy"])
+    point = Point(at.step, time.time(), {"val_accuracy": value})
+    if context.is_main:
+        log.write(point)
+    bar.note(val_accuracy=value)
     return point
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from pipeline.core.config import Section
 from pipeline.launch.base import Job
 from pipeline.runtime.checkpoint import newest_step
 from pipeline.runtime.context import SINGLE
@@ -28,7 +29,7 @@ from tests.chaos.campaign import Campaign, Try
 from tests.contract.drive import REPOSITORY, outcome, start
 from tests.distributed.small_run import digest, make_job
 
-NUM_STEPS, CHECKPOINT_EVERY = 240, 12
+NUM_STEPS, CHECKPOINT_EVERY, VALIDATE_EVERY = 240, 12, 120
 ENTRY = "pipeline.training.meta_train:run"
 _PATIENCE_SECONDS = 150.0
 _WORKER = "pipeline.launch.worker"
@@ -36,7 +37,8 @@ _WORKER = "pipeline.launch.worker"
 
 def long_job(folder: Path, store: Store, tasks: Path, **changes: Any) -> MetaTrainJob:
     """A run of some seconds, so that there is time to disturb it."""
-    settings = {"num_steps": NUM_STEPS, "checkpoint_every": CHECKPOINT_EVERY, "validate_every": 120}
+    settings = {"num_steps": NUM_STEPS, "checkpoint_every": CHECKPOINT_EVERY}
+    settings["validate_every"] = VALIDATE_EVERY
     return make_job(folder, store, tasks, **{**settings, **changes})
 
 
@@ -51,8 +53,12 @@ class Disturbed:
         environment: Mapping[str, str] | None = None,
         min_workers: int | None = None,
         max_restarts: int = 50,
+        entry: str = ENTRY,
+        plan: Section | None = None,
     ) -> None:
+        """`plan`: what `entry` is given instead of the job, of which it makes a run."""
         self.job = job
+        self._entry, self._plan = entry, plan or job
         self._launcher, self._environment = launcher, dict(environment or {})
         self._min_workers, self._max_restarts = min_workers, max_restarts
         self._starts = 0
@@ -65,7 +71,7 @@ class Disturbed:
         self._starts += 1
         self._mark()
         self.folder = self.job.target.parent / f"start-{self._starts}"
-        job = Job(ENTRY, self.job, num_workers, self._min_workers, self._max_restarts)
+        job = Job(self._entry, self._plan, num_workers, self._min_workers, self._max_restarts)
         self.driver = start(self._launcher, job, self.folder, self._environment)
 
     def steps(self) -> list[int]:
@@ -73,8 +79,9 @@ class Disturbed:
 
         Not those that were done before it and are told again.
         """
-        points = read_points(self.job.journal, self._offset)
-        return [point.step for point, _ in points if point.time > self._since]
+        points = [point for point, _ in read_points(self.job.journal, self._offset)]
+        # A validation is told apart from its step, and may be another start's.
+        return [p.step for p in points if p.time > self._since and "loss" in p.metrics]
 
     def wait_for_steps(self, count: int) -> bool:
         """Until so many new steps are logged; False if the run ended before."""

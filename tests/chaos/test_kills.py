@@ -20,12 +20,14 @@ from tests.chaos.campaign import Campaign, Try, is_full, tries
 from tests.chaos.disturbed import (
     CHECKPOINT_EVERY,
     NUM_STEPS,
+    VALIDATE_EVERY,
     Disturbed,
     disturb,
     kill_worker,
     long_job,
     undisturbed,
 )
+from tests.distributed.broken import Slow
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(7200)]
 torchrun_by_night = pytest.param("torchrun", marks=pytest.mark.slow)
@@ -221,6 +223,44 @@ def test_sigterm_loses_nothing(
         return Try(progress=len(before), survived=survived, steps_lost=lost, seconds=seconds)
 
     disturb(found, wanted, lambda name: begin(name, 2), stop, expected)
+
+
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+def test_sigterm_in_a_validation_loses_nothing(
+    launcher: str,
+    campaign: Callable[[str], Campaign],
+    blob_store: Store,
+    blob_tasks: Path,
+    tmp_path: Path,
+) -> None:
+    """Which takes two seconds on one worker; the next start does it again."""
+    found = campaign(f"SIGTERM in a validation, {launcher}")
+    found.most_lost = 0
+    expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
+
+    def begin(name: str) -> Disturbed:
+        job = long_job(tmp_path / name, blob_store, blob_tasks)
+        plan = Slow(job=job, rank=1, seconds=2.0, what="validation")
+        run = Disturbed(job, launcher, entry="tests.distributed.broken:slowed", plan=plan)
+        run.start(2)
+        return run
+
+    def stop(run: Disturbed) -> Try | None:
+        if not run.wait_for_steps(VALIDATE_EVERY):
+            return None
+        assert run.driver is not None
+        asked = time.monotonic()
+        run.driver.send_signal(signal.SIGTERM)
+        with pytest.raises(StoppedError, match=f"checkpoint of step {VALIDATE_EVERY}, as asked"):
+            run.end()
+        seconds, before = time.monotonic() - asked, run.steps()
+        told = {name for point, _ in read_points(run.job.journal) for name in point.metrics}
+        survived = "val_accuracy" not in told and not run.workers()
+        run.start(2)
+        lost = max(before) - run.kept()
+        return Try(len(before), survived=survived, steps_lost=lost, seconds=seconds)
+
+    disturb(found, 1, begin, stop, expected)
 
 
 @pytest.mark.parametrize("launcher", ["local", torchrun_by_night, ray_by_night])

@@ -19,7 +19,7 @@ import pytest
 from pipeline.core.errors import ConfigError, MachineError, StoppedError, TrainingError
 from pipeline.launch.base import Job
 from pipeline.launch.fault_notes import Note, leave_note, read_notes
-from pipeline.launch.network import free_endpoint, parse_endpoint, require_free
+from pipeline.launch.network import Endpoint, free_endpoint, parse_endpoint, require_free
 from pipeline.launch.torchrun import join_runs, launch_torchrun
 from pipeline.launch.torchrun_board import Announcement
 from pipeline.launch.torchrun_story import Story
@@ -237,6 +237,40 @@ def test_a_port_in_use_is_refused_by_name(
         with pytest.raises(ConfigError, match=f"METALOOM_RENDEZVOUS is .*port {port} .* in use"):
             launch_torchrun(job, tmp_path)
     require_free(parse_endpoint(f"127.0.0.1:{port}"))
+
+
+def test_a_port_that_is_taken_after_it_was_found_free_costs_another_agent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with contextlib.ExitStack() as taken:
+
+        def take(endpoint: Endpoint) -> None:
+            if not list(tmp_path.glob("launch/agent.log")):
+                taken.enter_context(socket.create_server(endpoint))
+
+        monkeypatch.setattr("pipeline.launch.torchrun.require_free", take)
+        plan = Plan(rank=0, what="")
+        job = Job("tests.distributed.entries:identify", plan, 1, max_restarts=1)
+        assert len(launch_torchrun(job, tmp_path / "launch")) == 1
+
+
+def test_who_has_other_code_is_refused_and_the_driver_is_told(
+    two_hosts: Callable[[str], None],
+    blob_store: Store,
+    blob_tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = str(free_endpoint())
+    environment = {"METALOOM_NODES": "2", "METALOOM_RENDEZVOUS": place}
+    run = Disturbed(long_job(tmp_path, blob_store, blob_tasks), "torchrun", environment=environment)
+    with begun(run, 1):
+        monkeypatch.setattr("pipeline.launch.torchrun.code_hash", lambda root: "another")
+        with pytest.raises(ConfigError, match=f"the driver at {place} runs other code"):
+            join_runs(place, tmp_path / "joined", once=True)
+        wait_for(
+            lambda: "has other code than this host" in " ".join(said(run, "host refused")), run
+        )
 
 
 def test_an_address_of_another_host_is_refused_by_name(

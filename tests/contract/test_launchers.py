@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.core.errors import ConfigError, DataError, TrainingError
 from pipeline.launch.base import Job, Launcher, num_workers_from_environment
-from pipeline.launch.table import LAUNCHERS, launch
+from pipeline.launch.table import LAUNCHERS, _alone_with, launch
 from pipeline.runtime.context import SINGLE
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import run as run_meta_training
@@ -117,6 +117,13 @@ def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     launch(f"{ENTRIES}:identify", Plan(rank=0, what=""), most=8)
     assert [folder for folder in failed if folder.exists()] == failed[2:], (
         "the last ten failed ones"
+    )
+    for late in ("run-98", "run-99"):
+        (tmp_path / ".metaloom/launch" / late).mkdir()
+    with _alone_with(failed[2]):
+        launch(f"{ENTRIES}:identify", Plan(rank=0, what=""), most=8)
+    assert [folder for folder in failed if folder.exists()] == [failed[2], *failed[4:]], (
+        "the folder of a launch that runs stays"
     )
     monkeypatch.setenv("METALOOM_LAUNCHER", "cloud")
     with pytest.raises(ConfigError, match="METALOOM_LAUNCHER is 'cloud'.*local"):

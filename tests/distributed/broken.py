@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import torch
 
 from pipeline.core.config import Section
+from pipeline.evaluation import scoring
 from pipeline.runtime import resume
+from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context
 from pipeline.store.reader import Store
 from pipeline.training import loop
@@ -88,13 +92,14 @@ class Slow(Section):
     rank: int
     seconds: float
     what: str
-    """`compute`, `data` or `checkpoints`"""
+    """`compute`, `data`, `checkpoints` or `validation`"""
 
 
 _PLACES: dict[str, tuple[Any, str]] = {
     "compute": (MetaTraining, "gradient"),
     "data": (Store, "gather"),
     "checkpoints": (resume, "save_checkpoint"),
+    "validation": (scoring, "_best"),
 }
 
 
@@ -110,3 +115,26 @@ def slowed(plan: Slow, context: Context) -> dict[str, Any]:
 
         setattr(owner, name, slow)
     return run(plan.job, context)
+
+
+class Hang(Section):
+    """One worker stops, as by SIGSTOP, while the others wait for it outside any collective."""
+
+    rank: int
+    how: str
+    """`main`: they wait for the main worker alone; `all`: for each other"""
+    done: Path
+    """Made when it has happened"""
+
+
+def hung(plan: Hang, context: Context) -> list[int]:
+    """Wait for each other; in the first start one never comes."""
+    if context.rank == plan.rank and not plan.done.exists():
+        plan.done.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+    wait = context.wait_for_main if plan.how == "main" else context.wait_for_all
+    for _ in range(2):
+        wait("a test")
+    own = torch.tensor([context.rank])
+    came: list[int] = gather_shares(own, context.world_size, context).tolist()
+    return came

@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
-from torch.distributed import TCPStore
+from torch.distributed import FileStore, HashStore, TCPStore
 
-from pipeline.runtime.pulse import Pulse
+from pipeline.runtime.faults import HungPeerError
+from pipeline.runtime.pulse import Pulse, _Seen
 
 _HOST = """
 import sys, time
@@ -20,7 +22,7 @@ from datetime import timedelta
 from torch.distributed import TCPStore
 from pipeline.runtime.pulse import Pulse
 store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-pulse = Pulse(store, 0, 2)
+pulse = Pulse(store, 0, 2, 2.0)
 pulse.step = 7
 print(store.port, flush=True)
 time.sleep(60)
@@ -64,3 +66,48 @@ def test_the_store_may_be_gone_with_the_worker_that_holds_it(
     assert pulse.roll_call().startswith("worker 0 does not answer")
     assert "Thread 0x" in capfd.readouterr().err, "its own stacks are written all the same"
     worker.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_a_wait_ends_when_the_worker_that_holds_the_store_is_gone(
+    first: tuple[subprocess.Popen[str], TCPStore], number: signal.Signals
+) -> None:
+    worker, store = first
+    pulse = Pulse(store, 1, 2, 2.0)
+    os.kill(worker.pid, number)
+    with pytest.raises((HungPeerError, RuntimeError)) as raised:
+        pulse.wait(lambda: store.check(["nothing"]), "waiting", 40.0)
+    if number == signal.SIGSTOP:
+        assert "waiting, at step 0: no sign of life" in str(raised.value)
+        assert "worker 0 does not answer" in str(raised.value)
+    worker.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_wait_lasts_as_long_as_all_live_and_has_an_end(
+    guarded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three timeouts with every heartbeat; with one worker silent, one, where silence counts."""
+    store = HashStore()
+    ours = Pulse(store, 0, 2, 1.0)
+    theirs = Pulse(store, 1, 2, 1.0)
+    with pytest.raises(HungPeerError, match=r"not done within 3 s: all 2 workers answer"):
+        ours.wait(lambda: False, "waiting", 3.0)
+    theirs.close()
+    if not guarded:
+        monkeypatch.setattr(_Seen, "seconds_of_silence", lambda self: 0.0)
+    store = HashStore()
+    ours = Pulse(store, 0, 2, 1.0)
+    said = r"no sign of life" if guarded else r"not done within 6 s"
+    with pytest.raises(HungPeerError, match=f"{said}.*worker 1 does not answer"):
+        ours.wait(lambda: False, "waiting", 6.0)
+
+
+@pytest.mark.timeout(60)
+def test_what_has_arrived_ends_a_wait(tmp_path: Path) -> None:
+    store = FileStore(str(tmp_path / "store"), 2)
+    pulse = Pulse(store, 0, 2, 1.0)
+    store.set("here", "1")
+    pulse.wait(lambda: store.check(["here"]), "waiting", 0.0)

@@ -74,6 +74,24 @@ def test_registering_twice_changes_nothing(registry: Registry, bundles: list[Bun
         registry.version(NUM_VERSIONS + 1)
 
 
+def test_of_two_registrations_at_once_one_version_stays(
+    root: Path, bundles: list[Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one comes through between the first one's look and its creation."""
+    ours, theirs = Registry(root, "twice-toy"), Registry(root, "twice-toy")
+    create, others = ours._client.create_model_version, list[tuple[Version, bool]]()
+
+    def after_the_other(*arguments: Any, **values: Any) -> Any:
+        if not others:
+            others.append(theirs.register(bundles[0], EXAMPLE, tags=TESTED))
+        return create(*arguments, **values)
+
+    monkeypatch.setattr(ours._client, "create_model_version", after_the_other)
+    version, new = ours.register(bundles[0], EXAMPLE, tags=TESTED)
+    assert others == [(version, True)] and not new
+    assert [one.number for one in ours.versions()] == [version.number]
+
+
 def test_a_version_has_signature_example_card_and_pins(registry: Registry) -> None:
     import mlflow
 
