@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import TypeVar
 
 from pipeline.core.errors import PipelineError, RegistryError
@@ -142,3 +143,27 @@ def _tell(message: str) -> None:
 def code_of(error: Exception) -> str:
     """MLflow's own name of a fault; empty for faults of other kinds."""
     return str(getattr(error, "error_code", ""))
+
+
+def is_absent(error: Exception) -> bool:
+    """Whether MLflow, or its store of artefacts, says that there is no such thing."""
+    response = getattr(error, "response", None)
+    return (
+        isinstance(error, FileNotFoundError)
+        or code_of(error) in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "ENDPOINT_NOT_FOUND"}
+        or (response is not None and response.status_code == HTTPStatus.NOT_FOUND)
+    )
+
+
+@contextmanager
+def explained(uri: str, what: str = "the registry refused") -> Iterator[None]:
+    """Turn MLflow's faults into ours."""
+    try:
+        yield
+    except PipelineError:
+        raise
+    except Exception as error:  # MLflow, its HTTP client, its database layer and the disk
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise RegistryError(
+            f"{what} (MLflow at {uri}: {reason}). `metaloom doctor` looks into it."
+        ) from None

@@ -9,15 +9,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from pipeline.core.errors import ArtefactError, MachineError, PipelineError, RegistryError
+from pipeline.core.errors import ArtefactError, MachineError, RegistryError
 from pipeline.deploy.bundle import CARD, Bundle, load_bundle
 from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, Champions
 from pipeline.deploy.packing import ARTEFACT, no_bytecode, pyfunc_parts, stage_code
-from pipeline.deploy.patience import DEFAULT_PATIENCE, Patience, Persistent, code_of, state_said
+from pipeline.deploy.patience import (
+    DEFAULT_PATIENCE,
+    Patience,
+    Persistent,
+    code_of,
+    explained,
+    is_absent,
+    state_said,
+)
 from pipeline.deploy.promotions import NOBODY, Record, Standing
 from pipeline.runtime.mlflow_tracker import connect, experiment_id, shown_uri, tracking_uri
 
@@ -66,9 +73,8 @@ class Registry:
 
     def find(self, digest: str) -> Version | None:
         """The version that holds this bundle, if it is registered and not known to be damaged."""
-        with _explained(self.shown):
-            condition = f"name = '{self.name}' and tags.`{BUNDLE_TAG}` = '{digest}'"
-            found = self._ask(lambda: self._client.search_model_versions(condition))
+        with explained(self.shown):
+            found = self._holding(digest)
         numbers = sorted(int(one.version) for one in found if DAMAGED_TAG not in one.tags)
         return self.version(numbers[0]) if numbers else None
 
@@ -81,7 +87,7 @@ class Registry:
             order_by=["version_number ASC"],
         )
         token: str | None = None
-        with _explained(self.shown):
+        with explained(self.shown):
             while token != "":
                 page = self._ask(partial(search, page_token=token))
                 found += [_as_version(self.name, one) for one in page]
@@ -111,7 +117,7 @@ class Registry:
             if known := self._whole(bundle):
                 return known, False
             run = run_id or self._own_run(bundle)
-            with _explained(self.shown):
+            with explained(self.shown):
                 model = self._ask(lambda: self._log_model(bundle, example, run))
                 self._ask(lambda: self._read_back(model.artifact_path, bundle.digest))
                 self._ask(self._ensure_registered_model)
@@ -122,7 +128,7 @@ class Registry:
         if made is None:
             raise RegistryError(f"{self.name} lost a version while it was made. {again}")
         if made.source != model.model_uri:
-            with _explained(self.shown):
+            with explained(self.shown):
                 self._withdraw(bundle.digest, model.model_uri)
         return made, made.source == model.model_uri
 
@@ -132,7 +138,7 @@ class Registry:
         Raises:
             RegistryError: there is none of this number, or the registry does not answer.
         """
-        with _explained(self.shown):
+        with explained(self.shown):
             try:
                 found = self._ask(lambda: self._client.get_model_version(self.name, str(number)))
             except Exception as error:
@@ -146,17 +152,17 @@ class Registry:
 
     def aliases(self) -> dict[str, int]:
         """Version number by alias; empty when nothing is registered."""
-        with _explained(self.shown):
+        with explained(self.shown):
             return self._champions.aliases()
 
     def standing(self) -> Standing:
         """Who is champion, as a promotion must know it: record and alias are brought together."""
-        with _explained(self.shown):
+        with explained(self.shown):
             return self._champions.settle()
 
     def champion(self) -> Version | None:
         """The version that serves, whoever made it so; for those who may only read, the alias's."""
-        with _explained(self.shown):
+        with explained(self.shown):
             try:
                 number = self._champions.settle().champion
             except Exception as error:
@@ -179,14 +185,14 @@ class Registry:
                 "Register models with `dvc repro deploy`."
             )
         number = str(version.number)
-        with _explained(self.shown, f"version {number} of {self.name} cannot be downloaded"):
+        with explained(self.shown, f"version {number} of {self.name} cannot be downloaded"):
             base = self._ask(lambda: self._client.get_model_version_download_uri(self.name, number))
             self._ask(lambda: _download(base, target))
         return load_bundle(target, digest=version.digest)
 
     def promotions(self) -> Sequence[Record]:
         """Every change of the champion, in order."""
-        with _explained(self.shown):
+        with explained(self.shown):
             return self._champions.standing().winners
 
     def makers(self, path: str, digest: str) -> tuple[str, ...]:
@@ -198,14 +204,14 @@ class Registry:
             order = ["attributes.start_time DESC"]
             return self._client.search_runs([experiment], condition, max_results=1, order_by=order)
 
-        with _explained(self.shown):
+        with explained(self.shown):
             found = self._ask(search)
         parents = [run.data.tags.get("mlflow.parentRunId") for run in found]
         return tuple(str(run.info.run_id) for run in found) + tuple(filter(None, parents))
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> Version:
         """Set tags of a version."""
-        with _explained(self.shown):
+        with explained(self.shown):
             for key, value in tags.items():
                 number = str(version.number)
                 set_tag = self._client.set_model_version_tag
@@ -235,13 +241,13 @@ class Registry:
         since = since or self.standing()
         if since.champion == version.number:
             return None
-        with _explained(self.shown):
+        with explained(self.shown):
             self._champions.change("promote", version.number, since, reason)
         return None if since.champion == NOBODY else self.version(since.champion)
 
     def challenge(self, version: Version) -> None:
         """Mark a version as the one that waits for a person's decision."""
-        with _explained(self.shown):
+        with explained(self.shown):
             self._champions.move(CHALLENGER, version.number)
 
     def rollback(self, *, reason: str = "a person's choice") -> tuple[Version, Version]:
@@ -262,7 +268,7 @@ class Registry:
             )
         target, current = self.version(earlier), self.version(since.champion)
         self._check_whole(target)
-        with _explained(self.shown):
+        with explained(self.shown):
             self._champions.change("rollback", target.number, since, reason)
         return target, self.version(current.number)
 
@@ -292,7 +298,7 @@ class Registry:
             made = self._client.create_run(experiment, tags=tags, run_name="release")
             return str(made.info.run_id)
 
-        with _explained(self.shown):
+        with explained(self.shown):
             return self._ask(find_or_make)
 
     def _create_version(self, bundle: Bundle, model: Any, tags: Mapping[str, str]) -> None:
@@ -312,11 +318,13 @@ class Registry:
 
     def _withdraw(self, digest: str, source: str) -> None:
         """Another registration of this bundle came first: one version of it is enough."""
-        condition = f"name = '{self.name}' and tags.`{BUNDLE_TAG}` = '{digest}'"
-        for one in self._ask(lambda: self._client.search_model_versions(condition)):
+        for one in self._holding(digest):
             if one.source == source:
-                remove = partial(self._client.delete_model_version, self.name, one.version)
-                self._ask(remove)
+                self._ask(partial(self._client.delete_model_version, self.name, one.version))
+
+    def _holding(self, digest: str) -> list[Any]:
+        condition = f"name = '{self.name}' and tags.`{BUNDLE_TAG}` = '{digest}'"
+        return list(self._ask(lambda: self._client.search_model_versions(condition)))
 
     def _read_back(self, base: str, digest: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
@@ -365,7 +373,7 @@ def _download(base: str, target: Path) -> None:
         try:
             found = Path(download_artifacts(artifact_uri=uri, dst_path=scratch))
         except Exception as error:
-            if _is_absent(error):
+            if is_absent(error):
                 raise ArtefactError(
                     f"{uri} does not exist: it was deleted, or never whole."
                 ) from None
@@ -374,28 +382,5 @@ def _download(base: str, target: Path) -> None:
         shutil.copytree(found, target, symlinks=True)
 
 
-def _is_absent(error: Exception) -> bool:
-    response = getattr(error, "response", None)
-    return (
-        isinstance(error, FileNotFoundError)
-        or code_of(error) in {"RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "ENDPOINT_NOT_FOUND"}
-        or (response is not None and response.status_code == HTTPStatus.NOT_FOUND)
-    )
-
-
 def _as_version(name: str, found: Any) -> Version:
     return Version(name, int(found.version), dict(found.tags), found.source, found.run_id)
-
-
-@contextmanager
-def _explained(uri: str, what: str = "the registry refused") -> Iterator[None]:
-    """Turn MLflow's faults into ours."""
-    try:
-        yield
-    except PipelineError:
-        raise
-    except Exception as error:  # MLflow, its HTTP client, its database layer and the disk
-        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-        raise RegistryError(
-            f"{what} (MLflow at {uri}: {reason}). `metaloom doctor` looks into it."
-        ) from None

@@ -122,7 +122,7 @@ def optimise(
         saved = keeper.resume()
         state = fresh_state(start) if saved is None else restored_state(saved, context.device)
         state = _on_these_machines(state, context)
-        snapshot, recent = state, list[Point]()
+        snapshot, recent, rates = state, list[Point](), dict[str, float]()
         if saved is not None:
             _tell_again(saved, log, context)
         with _show(label, program, config, state, context) as bar, feed:
@@ -134,8 +134,6 @@ def optimise(
                         state = _validated(state, program, start, validate, config)
                     except StoppedError:  # of every worker; it is for the next start to do
                         stopping = True
-                    else:
-                        recent.append(_told_validation(state, log, bar, context))
                     pace.restart()
                 else:
                     state = past_skipped(state, program.num_groups)
@@ -149,9 +147,10 @@ def optimise(
                         continue
                     state, stopping = _update(state, step, config), step.stop
                     rates = pace.count(per_step) | stragglers.look(step.seconds, step.waited)
-                    recent.append(_reported(state, rates, log, bar, per_step, context))
+                    bar.advance(per_step)
                     if _awaits_validation(state, config) and not stopping:
-                        continue  # so that a checkpoint has it
+                        continue  # so that what is told, and a checkpoint, have it
+                recent.append(_reported(state, rates, log, bar, context))
                 ends = stopping or state.progress.stopped is not None
                 if ends or _is_due(state, config, config.checkpoint_every):
                     snapshot = state
@@ -330,7 +329,6 @@ def _reported(
     rates: dict[str, float],
     log: MetricLog,
     bar: Bar,
-    per_step: int,
     context: Context,
 ) -> Point:
     """Show a step, and record it on the main worker."""
@@ -339,19 +337,11 @@ def _reported(
     point = Point(entry["step"], time.time(), metrics)
     if context.is_main:
         log.write(point)
-    bar.note(loss=entry["loss"], data_wait=f"{rates['data_wait_fraction']:.1%}")
-    bar.advance(per_step)
-    return point
-
-
-def _told_validation(state: TrainState, log: MetricLog, bar: Bar, context: Context) -> Point:
-    """Show a validation, and record it on the main worker."""
-    at = state.progress
-    value = float(at.history[-1]["val_accuracy"])
-    point = Point(at.step, time.time(), {"val_accuracy": value})
-    if context.is_main:
-        log.write(point)
-    bar.note(val_accuracy=value)
+    bar.note(loss=entry["loss"])
+    if rates:
+        bar.note(data_wait=f"{rates['data_wait_fraction']:.1%}")
+    if "val_accuracy" in entry:
+        bar.note(val_accuracy=entry["val_accuracy"])
     return point
 
 

@@ -48,6 +48,9 @@ class Campaign:
     tries: list[Try] = field(default_factory=list)
     most_lost: int | None = None
     """More lost steps than this fail the campaign."""
+    most_noticed: float | None = None
+    """Faults noticed later than this many seconds fail the campaign, in the full size: the small one
+    runs beside other tests."""
     notes: dict[str, Any] = field(default_factory=dict)
     """More figures of this campaign, such as a longest detection time."""
 
@@ -85,6 +88,9 @@ class Campaign:
         lost = [t.steps_lost for t in self.tries if t.steps_lost is not None]
         wrong = [n for n in lost if n < 0 or (self.most_lost is not None and n > self.most_lost)]
         assert not wrong, f"{self.fault}: lost {wrong} steps, at most {self.most_lost} may be"
+        late = [n for t in self.tries if (n := t.noticed) is not None]
+        late = [n for n in late if self.most_noticed is not None and n > self.most_noticed]
+        assert not late or not is_full(), f"{self.fault}: noticed after {late} s"
         unequal = [i for i, t in enumerate(self.tries) if t.bits_equal is False]
         assert not unequal, f"{self.fault}: tries {unequal} ended with other bits"
 

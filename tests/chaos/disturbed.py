@@ -79,9 +79,8 @@ class Disturbed:
 
         Not those that were done before it and are told again.
         """
-        points = [point for point, _ in read_points(self.job.journal, self._offset)]
-        # A validation is told apart from its step, and may be another start's.
-        return [p.step for p in points if p.time > self._since and "loss" in p.metrics]
+        points = read_points(self.job.journal, self._offset)
+        return [point.step for point, _ in points if point.time > self._since]
 
     def wait_for_steps(self, count: int) -> bool:
         """Until so many new steps are logged; False if the run ended before."""

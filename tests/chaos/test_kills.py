@@ -34,6 +34,8 @@ torchrun_by_night = pytest.param("torchrun", marks=pytest.mark.slow)
 ray_by_night = pytest.param("ray_train", marks=pytest.mark.slow)
 
 KILL_EVERY_SECONDS = 180
+RAY_PRINTS_SECONDS = 2.0
+"""What the workers and the controller of Ray print reaches the driver's log after a while."""
 NEVER = 1_000_000
 
 Begin = Callable[..., Disturbed]
@@ -89,6 +91,7 @@ def test_kill_9(
     """Each step is in the driver's journal at the end, from however many groups of workers."""
     found = campaign(f"kill -9 of {victim}, {launcher}")
     found.most_lost = CHECKPOINT_EVERY
+    found.most_noticed = 1.0 + RAY_PRINTS_SECONDS * (launcher == "ray_train")
     wanted = tries(ci=3, full=30) if launcher == "local" else tries(ci=1, full=6)
     rank = 0 if victim == "rank 0" else None
     expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
@@ -246,8 +249,9 @@ def test_sigterm_in_a_validation_loses_nothing(
         return run
 
     def stop(run: Disturbed) -> Try | None:
-        if not run.wait_for_steps(VALIDATE_EVERY):
+        if not run.wait_for_steps(VALIDATE_EVERY - 1):
             return None
+        time.sleep(0.5)
         assert run.driver is not None
         asked = time.monotonic()
         run.driver.send_signal(signal.SIGTERM)
@@ -277,6 +281,7 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on(
     found = campaign(f"SIGSTOP of a worker, {launcher}")
     found.most_lost = CHECKPOINT_EVERY
     timeout = 4.0
+    found.most_noticed = timeout + 1.0 + RAY_PRINTS_SECONDS * (launcher == "ray_train")
     environment["METALOOM_TIMEOUT_SECONDS"] = str(timeout)
     expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     rng, stops = random.Random(11), list[int]()
@@ -289,6 +294,7 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on(
         rank = rng.choice(sorted(workers)) if stops else 0  # who may hold the workers' store
         stops.append(rank)
         before, told = run.steps(), len(run.restarts_told())
+        logged = _sizes(run)
         stopped = time.monotonic()
         os.kill(workers[rank], signal.SIGSTOP)
         while len(run.restarts_told()) == told:
@@ -298,30 +304,41 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on(
             time.sleep(0.02)
         detected = time.monotonic() - stopped
         named = re.search(r"worker (\d+) does not answer", run.restarts_told()[-1])
-        stacks = launcher == "ray_train" or _stacks(run, len(workers)) >= set(workers) - {rank}
+        stacks = _stacks(run, workers, logged) >= set(workers) - {rank}
         lost, _ = run.wait_until_it_goes_on(before)
         if lost is None:
             return None
         survived = named is not None and int(named[1]) == rank and stacks
-        return Try(len(before), survived, steps_lost=lost, seconds=detected)
+        return Try(len(before), survived, steps_lost=lost, noticed=detected)
 
     def start(name: str) -> Disturbed:
         return begin(name, rng.choice([2, 3, 4]) if launcher == "local" else 2)
 
     wanted = tries(ci=1, full=25) if launcher == "local" else tries(ci=1, full=6)
     disturb(found, wanted, start, stop, expected)
-    late = max(t.seconds or 0.0 for t in found.tries) - timeout
-    found.notes["most_seconds_behind_the_timeout"] = round(late, 3)
+    found.notes["timeout"] = timeout
 
 
-def _stacks(run: Disturbed, num_workers: int) -> set[int]:
-    """The workers that have written their stacks: the main one into the driver's log."""
+def _logs(run: Disturbed, rank: int) -> list[Path]:
+    """Where a worker writes: the main one, and all of Ray's, into the driver's log."""
     launch = run.folder / "launch"
+    own = [launch / f"worker-{rank}.log", *launch.glob(f"logs/**/{rank}/stderr.log")]
+    return [log for log in own if log.exists()] or [run.folder / "drive.log"]
+
+
+def _sizes(run: Disturbed) -> dict[Path, int]:
+    return {log: log.stat().st_size for log in run.folder.rglob("*.log")}
+
+
+def _stacks(run: Disturbed, workers: dict[int, int], since: dict[Path, int]) -> set[int]:
+    """The workers that have written their stacks since their logs had these sizes."""
     found = set()
-    for rank in range(num_workers):
-        logs = [launch / f"worker-{rank}.log", *launch.glob(f"logs/**/{rank}/stderr.log")]
-        logs = [log for log in logs if log.exists()] or [run.folder / "drive.log"]
-        text = " ".join(log.read_text(errors="replace") for log in logs)
+    for rank, process in workers.items():
+        new = [log.read_bytes()[since.get(log, 0) :] for log in _logs(run, rank)]
+        lines = b"".join(new).decode(errors="replace").splitlines()
+        if any("(RayTrainWorker" in line for line in lines):
+            lines = [line for line in lines if f"pid={process}" in line]
+        text = " ".join(lines)
         found |= {rank} if "Thread 0x" in text and "in optimise" in text else set()
     return found
 

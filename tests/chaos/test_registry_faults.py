@@ -26,7 +26,7 @@ from tests.unit.test_promotions import is_fair, run_races
 from tests.unit.test_registry import EXAMPLE
 from tests.unit.tiny_learner import tiny_bundle
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(3600 if is_full() else 1200)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(3600 if is_full() else 1200)]
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OUTAGE_SECONDS = 20.0 if is_full() else 2.0
@@ -152,7 +152,7 @@ def test_postgresql_restarted_during_a_registration(
     registry = Registry(tmp_path, next(_names))
     total = num_calls(proxy, lambda: registry.register(bundle, EXAMPLE, tags=TAGS))
     seeds = itertools.count(1)  # a bundle of its own for each, or the run of one before is used
-    for at in moments(total, ci=3):
+    for at in moments(total, ci=2):
         record.add(try_register(proxy, postgres, tiny_bundle(tmp_path, next(seeds)), tmp_path, at))
     record.notes["calls_of_a_registration"] = total
     other = campaign("MLflow's server killed during a registration")
@@ -246,7 +246,7 @@ def test_two_releases_promoting_at_once(
 
     record = campaign("two releases promoting at once")
     client = mlflow.MlflowClient(mlflow_server.record.url, mlflow_server.record.url)
-    told = run_races(client, mlflow_server.record.url, tries(ci=5, full=200))
+    told = run_races(client, mlflow_server.record.url, tries(ci=2, full=200))
     for one in told:
         # Both had read the same standing and both wrote a record: one step each.
         record.add(Try(len(one), is_fair(one)))

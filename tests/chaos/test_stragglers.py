@@ -19,7 +19,7 @@ from tests.chaos.disturbed import told_of
 from tests.distributed.broken import Slow
 from tests.distributed.small_run import CHECKPOINT_EVERY, digest, make_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800)]
 
 _STEPS, _DELAY = 24, 0.15
 
@@ -55,7 +55,13 @@ def slowed(
     return run
 
 
-@pytest.mark.parametrize(("what", "why"), [("compute", "computes"), ("data", "waits for its data")])
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("compute", "computes"),
+        pytest.param("data", "waits for its data", marks=pytest.mark.slow),
+    ],
+)
 def test_the_log_says_who_is_slow_and_the_bits_stay(
     what: str, why: str, slowed: Pair, campaign: Callable[[str], Campaign]
 ) -> None:
@@ -67,6 +73,7 @@ def test_the_log_says_who_is_slow_and_the_bits_stay(
     record.add(Try(_STEPS, named and rates["slow"] < rates["quick"], equal, 0))
 
 
+@pytest.mark.slow
 def test_the_log_says_that_the_disk_is_slow_and_the_bits_stay(
     slowed: Pair, campaign: Callable[[str], Campaign]
 ) -> None:

@@ -25,7 +25,7 @@ from pipeline.core.errors import ConfigError, DataError, MachineError
 from tests.cluster.dvc_machines import attempt, contents, environment, succeed
 from tests.conftest import REPOSITORY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.timeout(600)]
 
 MAKE = """
 import json, os, pathlib, signal, sys, time
@@ -115,6 +115,7 @@ def tiny(tmp_path: Path) -> Tiny:
     return Tiny(tmp_path / "tiny")
 
 
+@pytest.mark.slow
 def test_without_a_remote_the_cache_is_shared_and_the_note_says_so(tiny: Tiny) -> None:
     commit = tiny.do("git", "rev-parse", "HEAD").strip()
     first = tiny.result()
@@ -148,6 +149,7 @@ def test_a_dirty_tree_is_refused_or_marked(tiny: Tiny) -> None:
     assert named["differed"] == marked["differed"]
 
 
+@pytest.mark.slow
 def test_what_the_pipeline_writes_makes_no_tree_dirty(tiny: Tiny) -> None:
     tiny.do("dvc", "repro")
     assert changed_files(tiny.folder) == ["results/metrics.json"]
@@ -155,6 +157,7 @@ def test_what_the_pipeline_writes_makes_no_tree_dirty(tiny: Tiny) -> None:
     assert tiny.run().returncode == 0
 
 
+@pytest.mark.slow
 def test_a_failed_stage_shares_nothing_twice_and_says_what_to_do(tiny: Tiny) -> None:
     tiny.write("wish.json", '"fail"')
     tiny.commit("it cannot")
@@ -166,6 +169,7 @@ def test_a_failed_stage_shares_nothing_twice_and_says_what_to_do(tiny: Tiny) -> 
     assert len(tiny.clones()) == 1
 
 
+@pytest.mark.slow
 def test_a_folder_named_relative_to_the_original_is_a_remote_too(
     tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -185,6 +189,7 @@ def test_a_folder_named_relative_to_the_original_is_a_remote_too(
     assert contents(other, "out", "results") == contents(tiny.clones()[0], "out", "results")
 
 
+@pytest.mark.slow
 def test_a_remote_that_was_gone_costs_another_try_and_no_computing(
     tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -208,6 +213,7 @@ def test_a_remote_that_was_gone_costs_another_try_and_no_computing(
     assert tiny.stages_run() == 1
 
 
+@pytest.mark.slow
 def test_private_settings_stay_private(tiny: Tiny) -> None:
     """A key that was set with `--local` goes along, for the owner alone, and into no commit."""
     tiny.do("dvc", "remote", "add", "--default", "near", "../store")
@@ -254,6 +260,7 @@ def untracked_pictures(tiny: Tiny) -> None:
     tiny.write("data/raw/mine/cat.png", "cat")
 
 
+@pytest.mark.slow
 def test_raw_data_that_nobody_keeps_are_refused_by_name(tiny: Tiny) -> None:
     untracked_pictures(tiny)
     done = tiny.run()
@@ -262,6 +269,7 @@ def test_raw_data_that_nobody_keeps_are_refused_by_name(tiny: Tiny) -> None:
     assert "dvc add data/raw/mine" in done.stderr
 
 
+@pytest.mark.slow
 def test_raw_data_that_dvc_keeps_are_there(tiny: Tiny) -> None:
     untracked_pictures(tiny)
     tiny.do("dvc", "add", "--quiet", "data/raw/mine")
@@ -272,6 +280,7 @@ def test_raw_data_that_dvc_keeps_are_there(tiny: Tiny) -> None:
     assert (Path(result["clone"]) / "data/raw/mine/cat.png").read_text() == "cat"
 
 
+@pytest.mark.slow
 def test_raw_data_that_dvc_cannot_bring_are_refused(tiny: Tiny) -> None:
     untracked_pictures(tiny)
     tiny.do("dvc", "add", "--quiet", "data/raw/mine")
@@ -285,6 +294,7 @@ def test_raw_data_that_dvc_cannot_bring_are_refused(tiny: Tiny) -> None:
     ("source", "message"),
     [("../elsewhere", "leads out of the repository"), ("/nowhere/pictures", None)],
 )
+@pytest.mark.slow
 def test_raw_data_outside_are_read_where_they_lie(
     source: str, message: str | None, tiny: Tiny
 ) -> None:
@@ -297,6 +307,7 @@ def test_raw_data_outside_are_read_where_they_lie(
         assert f"raw data are read where they lie: {source}" in tiny.result()["notes"]
 
 
+@pytest.mark.slow
 def test_no_branch_is_moved(tiny: Tiny) -> None:
     before = tiny.do("git", "rev-parse", "main")
     done = tiny.run("--branch", "main")
@@ -307,6 +318,7 @@ def test_no_branch_is_moved(tiny: Tiny) -> None:
     assert tiny.do("git", "rev-parse", "main") == before
 
 
+@pytest.mark.slow
 def test_a_clone_whose_making_was_interrupted_is_made_anew(tiny: Tiny) -> None:
     commit = tiny.do("git", "rev-parse", "HEAD").strip()
     half = tiny.folder / ".metaloom/runs" / f"{commit[:12]}-20200101-000000"
@@ -315,6 +327,7 @@ def test_a_clone_whose_making_was_interrupted_is_made_anew(tiny: Tiny) -> None:
     assert not half.exists() and result["attempt"] == 1
 
 
+@pytest.mark.slow
 def test_old_finished_clones_go_but_not_unsent_metrics(tiny: Tiny) -> None:
     folder = Path(tiny.result("--no-push", "--", "make")["clone"])
     names = [f"{'0' * 12}-2020010{day}-000000" for day in range(1, 7)]
@@ -361,6 +374,7 @@ def hostile_names(canary: Path, count: int) -> list[str]:
     return [text.format(canary=canary) for text in names]
 
 
+@pytest.mark.slow
 def test_no_name_is_ever_an_option_or_a_command(tiny: Tiny, tmp_path: Path) -> None:
     """500 strings as commit, branch and remote: each is refused, and none is executed."""
     canary = tmp_path / "canary"
@@ -392,6 +406,7 @@ def refuse_before_anything_is_made(root: Path, request: RunRequest) -> RunResult
     return run_commit(root, request)
 
 
+@pytest.mark.slow
 def test_only_one_runs_a_commit(tiny: Tiny) -> None:
     commit = resolve_commit(tiny.folder, "HEAD")
     busy = pytest.raises(MachineError, match=f"by process {os.getpid()} on")
@@ -404,11 +419,13 @@ def test_only_one_runs_a_commit(tiny: Tiny) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_no_repository_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="is not the top of a repository"):
         run_commit(tmp_path, RunRequest())
 
 
+@pytest.mark.slow
 def test_a_source_must_be_a_text(tiny: Tiny) -> None:
     tiny.write("params.yaml", yaml.safe_dump({"preprocess": {"source": 3}}))
     tiny.commit("source")

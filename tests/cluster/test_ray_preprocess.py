@@ -21,8 +21,6 @@ from tests.unit.raw_pictures import write_classes
 
 CLASSES = [f"class{i}" for i in range(12)]
 
-pytestmark = pytest.mark.slow
-
 
 def settings(domain: str, source: Path, **changes: object) -> PreprocessConfig:
     values = {"domain": domain, "source": source, "image_size": 24, "min_examples_per_class": 3}
@@ -107,7 +105,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("domain", ["image_folder", "glyphs"])
+@pytest.mark.parametrize("domain", ["image_folder", pytest.param("glyphs", marks=pytest.mark.slow)])
 def test_two_nodes_draw_the_bytes_of_one_machine(
     domain: str, pictures: Path, ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
@@ -122,6 +120,7 @@ def test_two_nodes_draw_the_bytes_of_one_machine(
         assert sum(entry["count"] for entry in report["dropped_pictures"].values()) == 3
 
 
+@pytest.mark.slow
 def test_a_node_killed_in_the_middle_changes_no_byte(
     ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
@@ -151,6 +150,7 @@ def test_a_node_killed_in_the_middle_changes_no_byte(
     assert 0 < first < total, "it was killed before or after the work"
 
 
+@pytest.mark.slow
 def test_a_node_that_does_not_see_the_raw_data_is_named(
     pictures: Path, ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
@@ -163,6 +163,7 @@ def test_a_node_that_does_not_see_the_raw_data_is_named(
     assert "Traceback" not in said and not target.exists()
 
 
+@pytest.mark.slow
 def test_a_node_that_sees_other_data_is_found_out(
     pictures: Path, ray_cluster: RayCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +181,7 @@ def test_a_node_that_sees_other_data_is_found_out(
     assert not (tmp_path / "there").exists()
 
 
+@pytest.mark.slow
 def test_an_address_where_no_cluster_is_is_an_error(
     pictures: Path, ray_cluster: RayCluster, tmp_path: Path
 ) -> None:

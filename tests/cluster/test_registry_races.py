@@ -11,8 +11,6 @@ import pytest
 from infra.local.servers import Server
 from tests.unit.test_promotions import is_fair, is_settled, new_model, promote, run_races
 
-pytestmark = pytest.mark.slow
-
 NUM_RACES = 5
 """The campaign of 200 is in tests/chaos."""
 
@@ -29,6 +27,7 @@ def client(mlflow_server: Server) -> Iterator[Any]:
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.slow
 def test_races_of_two_processes_have_one_winner(client: Any) -> None:
     told = run_races(client, os.environ["MLFLOW_TRACKING_URI"], NUM_RACES)
     assert len(told) == NUM_RACES and all(is_fair(one) for one in told)

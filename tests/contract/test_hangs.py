@@ -10,13 +10,21 @@ from pipeline.launch.base import Job, Launcher
 from tests.distributed.broken import Hang
 
 TIMEOUT_SECONDS = "3"
-on_clusters = pytest.param("torchrun", marks=pytest.mark.cluster)
-by_night = pytest.param("ray_train", marks=[pytest.mark.cluster, pytest.mark.slow])
+_CLUSTER, _SLOW = pytest.mark.cluster, pytest.mark.slow
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("name", ["local", on_clusters, by_night])
-@pytest.mark.parametrize(("how", "rank"), [("main", 0), ("all", 1)])
+@pytest.mark.parametrize(
+    ("name", "how", "rank"),
+    [
+        ("local", "all", 1),
+        pytest.param("local", "main", 0, marks=_SLOW),
+        pytest.param("torchrun", "all", 1, marks=[_CLUSTER, _SLOW]),
+        pytest.param("torchrun", "main", 0, marks=_CLUSTER),
+        pytest.param("ray_train", "all", 1, marks=[_CLUSTER, _SLOW]),
+        pytest.param("ray_train", "main", 0, marks=[_CLUSTER, _SLOW]),
+    ],
+)
 def test_a_worker_that_never_comes_is_named_and_all_start_again(
     launcher: Launcher,
     how: str,

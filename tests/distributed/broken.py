@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from pipeline.runtime import resume
 from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context
 from pipeline.store.reader import Store
-from pipeline.training import loop
+from pipeline.training import loop, meta_train
 from pipeline.training.loop import OuterConfig
 from pipeline.training.meta_train import MetaTrainJob, run
 from pipeline.training.programs import MetaTraining
 from pipeline.training.state import TrainState
 from pipeline.training.steps import Step
+from tests.conftest import write_blob_store
 
 
 class Flip(Section):
@@ -138,3 +140,40 @@ def hung(plan: Hang, context: Context) -> list[int]:
     own = torch.tensor([context.rank])
     came: list[int] = gather_shares(own, context.world_size, context).tolist()
     return came
+
+
+class Deaf(Section):
+    """Whether a worker that is asked to stop tells the others."""
+
+    job: MetaTrainJob
+    guarded: bool
+
+
+def deaf(plan: Deaf, context: Context) -> dict[str, Any]:
+    """Train; without the guard each worker stops when it is asked to itself."""
+    take_step = loop.take_step
+
+    def alone(*arguments: Any) -> Step:
+        return replace(take_step(*arguments), stop=context.stopping())
+
+    if not plan.guarded:
+        loop.take_step = alone
+    return run(plan.job, context)
+
+
+class Strange(Section):
+    """A worker whose disk holds another store."""
+
+    job: MetaTrainJob
+    store: Path
+    guarded: bool
+
+
+def strange(plan: Strange, context: Context) -> dict[str, Any]:
+    """Train; the second worker reads a store of the same shape with other pictures."""
+    if not plan.guarded:
+        meta_train.check_same_inputs = lambda facts, context: None
+    if context.rank == 0:
+        return run(plan.job, context)
+    write_blob_store(plan.store, seed=1)
+    return run(plan.job.model_copy(update={"store": plan.store}), context)

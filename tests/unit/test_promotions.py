@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import RegistryError
-from pipeline.deploy import champions
+from pipeline.deploy import champions, promotions
 from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, Champions
 from pipeline.deploy.patience import Patience, Persistent, UnansweredError
 from pipeline.deploy.promotions import (
@@ -294,6 +294,17 @@ def test_two_promoters_at_every_interleaving_have_one_winner(client: Any, after:
         lost += winner == 2
     assert lost < total
     assert lost or not isinstance(client, MemoryRegistry), "both orders must have been seen"
+
+
+def test_without_the_comparison_both_of_two_promoters_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above: a record counts though it names no last winner."""
+    monkeypatch.setattr(promotions, "_follows", lambda record, standing, numbers: True)
+    client = MemoryRegistry()
+    name = new_model(client)
+    champions = Champions(client, name, ASK)
+    since = champions.settle()
+    for version in (1, 2):  # neither is told of the other
+        assert champions.change("promote", version, since, "a test").champion == version
 
 
 def test_a_slow_promoters_late_move_is_put_back(client: Any, name: str) -> None:
