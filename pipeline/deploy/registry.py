@@ -250,16 +250,24 @@ class Registry:
         with explained(self.shown):
             self._champions.move(CHALLENGER, version.number)
 
-    def rollback(self, *, reason: str = "a person's choice") -> tuple[Version, Version]:
+    def rollback(
+        self, *, reason: str = "a person's choice", only: int | None = None
+    ) -> tuple[Version, Version]:
         """Make the champion before this one serve again; returns (new champion, dropped one).
 
+        Args:
+            only: the version that is to go.
+
         Raises:
-            RegistryError: there is no earlier champion, or somebody else changed it meanwhile.
+            RegistryError: there is no earlier champion, somebody else changed it meanwhile, or it
+                is another one than is to go.
             ArtefactError: the earlier one is no longer whole.
         """
         since = self.standing()
         if since.champion == NOBODY:
             raise RegistryError(f"{self.name} has no champion, so there is nothing to roll back.")
+        if only not in (None, since.champion):
+            raise RegistryError(f"version {only} of {self.name} is champion no more.")
         earlier = self.aliases().get(PREVIOUS)
         if earlier is None:
             raise RegistryError(
