@@ -45,6 +45,7 @@ from pipeline.deploy.serve.service import Service
 from pipeline.deploy.serve.settings import ServeSettings
 from pipeline.deploy.serve.sources import Source
 from pipeline.deploy.serve.telling import told
+from pipeline.deploy.serve.traces import Traces
 from pipeline.deploy.serve.watch import Watch
 
 _PROBLEM_TEXTS = ("type", "title", "detail", "instance", "request_id")
@@ -78,6 +79,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         learners=Learners(engine),
         keys=Keys(engine),
         watch=watch,
+        traces=Traces(),
     )
     replicas = Replicas(engine)
     fleet.on_look = lambda: replicas.report(service.report())
@@ -99,6 +101,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         with contextlib.suppress(MachineError):  # the row is forgotten within the hour
             await asyncio.to_thread(replicas.leave)
         engine.dispose()
+        await asyncio.to_thread(service.traces.close)
 
     app = FastAPI(
         title="Metaloom",
@@ -115,7 +118,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     _add_health(app, service, measures)
     _add_page(app)
     _describe_problems(app)
-    return Guard(app, service.keys, settings, on_answer=measures.answered), service
+    return Guard(app, service.keys, settings, service.traces, on_answer=measures.answered), service
 
 
 def _caller(scope: str) -> Callable[[Request], Awaitable[Caller]]:
@@ -244,7 +247,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
     async def what_serves(caller: _Reader) -> ModelTold:
         """The versions that serve, what they take, and those that were refused."""
         challenger = service.fleet.serving("challenger")
-        names = ("ways", "shots", "queries", "body_bytes", "pixels", "side")
+        names = ("ways", "shots", "queries", "body_bytes", "pixels", "pixels_together", "side")
         return ModelTold(
             champion=service.version().told(),
             challenger=challenger.told() if challenger else None,

@@ -9,10 +9,12 @@ import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -35,10 +37,12 @@ from pipeline.deploy.serve.model import Answers, Pictures, Ready, Version
 from pipeline.deploy.serve.problems import Problem
 from pipeline.deploy.serve.settings import Policy, ServeSettings
 from pipeline.deploy.serve.telling import predictions_of, told
+from pipeline.deploy.serve.traces import Traces
 from pipeline.deploy.serve.watch import BrokenModelError, Watch, require_probabilities
 
 _By = Callable[[Version], Awaitable[tuple[Ready, Answers]]]
 """A request, answered by whatever version"""
+_DECODERS = 4
 _FOUND_SECONDS = 5.0
 """Learners never change; one that another replica deletes is still known for so long."""
 
@@ -53,8 +57,13 @@ class Service:
     learners: Learners
     keys: Keys
     watch: Watch
+    traces: Traces
     draining: bool = False
     """No more work is wanted."""
+    _decoders: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_DECODERS, "decode")
+    )
+    """Threads of their own: costly pictures keep nobody's key from being looked up"""
     _shadow: float = 0.0
     """Of an answer in the shadow that is due"""
     _shadows: set[asyncio.Future[None]] = field(default_factory=set)
@@ -154,7 +163,7 @@ class Service:
             pictures = await self._decoded(version, queries, "queries")
             finish = partial(_learn_and_answer, kept, version, examples, pictures)
             job = Job(version, np.concatenate([examples, pictures]), finish)
-            found: tuple[Ready, Answers] = await self.desk.do(job)
+            found: tuple[Ready, Answers] = await self._done(job)
             return found
 
         return await self._answered(kept, by, first, wanted.against, support[0].digest)
@@ -291,18 +300,25 @@ class Service:
     async def _learn(self, version: Version, kept: Kept, items: Sequence[Item]) -> Ready:
         pictures = await self._decoded(version, items, "support")
         finish = partial(version.learn, pictures, kept.targets, len(kept.classes))
-        ready: Ready = await self.desk.do(Job(version, pictures, finish))
+        ready: Ready = await self._done(Job(version, pictures, finish))
         return ready
 
     async def _answer(self, version: Version, ready: Ready, queries: Sequence[Input]) -> Answers:
         pictures = await self._decoded(version, items_of(queries, "queries"), "queries")
         job = Job(version, pictures, partial(version.answer, ready, pictures))
-        answers: Answers = await self.desk.do(job)
+        answers: Answers = await self._done(job)
         return answers
 
     async def _decoded(self, version: Version, items: Sequence[Item], place: str) -> Pictures:
         shape, limits = version.learner.preprocessing.image_shape, self.settings.limits
-        return await asyncio.to_thread(decode, items, shape, limits, place)
+        loop = asyncio.get_running_loop()
+        with self.traces.part("decode", pictures=len(items)):
+            wanted = partial(decode, items, shape, limits, place)
+            return await loop.run_in_executor(self._decoders, wanted)
+
+    async def _done(self, job: Job) -> Any:
+        with self.traces.part("model", pictures=len(job.pictures)):
+            return await self.desk.do(job)
 
 
 @contextmanager
