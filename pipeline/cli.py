@@ -14,16 +14,16 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from pipeline.core.config import load_section, load_value
-from pipeline.core.errors import MachineError, RegistryError
+from pipeline.core.config import load_section
+from pipeline.core.errors import MachineError
 from pipeline.core.files import read_json
+from pipeline.deploy import commands as deploy_commands
+from pipeline.deploy.commands import PARAMS, RECORD, AsJson, Model, model_name, say
 from pipeline.deploy.serve import commands
 from pipeline.runtime.logs import run_main
 
-RECORD = Path("results/deploy/release.json")
 REPORT = Path("results/evaluate/report.html")
 METRICS = Path("results/evaluate/metrics.json")
-PARAMS = Path("params.yaml")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,12 +42,6 @@ app = typer.Typer(
     This command does the rest. Start with `metaloom doctor`.
     """,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="Registered name [default: the one of the last release]."),
-]
 
 
 @app.command()
@@ -99,37 +93,7 @@ def release(as_json: AsJson = False) -> None:
         print(summary(record, numbers, _command_name()))
 
 
-@app.command()
-def promote(
-    version: Annotated[int | None, typer.Argument(help="Version [default: @challenger].")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Though the gate did not pass it.")
-    ] = False,
-    reason: Annotated[str | None, typer.Option(help="Why; recorded. Needed with --force.")] = None,
-    model: Model = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make a registered version the champion.
-
-    One that the gate did not pass needs --force and --reason: the reason is kept in the record of
-    promotions and as a tag of the version. Forced or not, a version must have passed its smoke
-    test, and its bundle must be the one that was registered. The old champion stays registered
-    as @previous; `metaloom rollback` brings it back. Moving the alias in MLflow does the same,
-    without these checks.
-    """
-    from pipeline.deploy.by_hand import promote_by_hand
-    from pipeline.deploy.champions import CHALLENGER
-    from pipeline.deploy.registry import Registry
-
-    registry = Registry(Path.cwd(), model or _model_name())
-    number = version if version is not None else registry.aliases().get(CHALLENGER)
-    if number is None:
-        raise RegistryError(
-            f"{registry.name} has no challenger. Name the version: `metaloom promote VERSION`."
-        )
-    old = promote_by_hand(registry, registry.version(number), force=force, reason=reason)
-    was = f"; version {old.number} is @previous" if old else ""
-    _say(as_json, f"{registry.name}: version {number} is @champion{was}.", registry.aliases())
+app.command()(deploy_commands.promote)
 
 
 @app.command()
@@ -140,10 +104,10 @@ def rollback(model: Model = None, as_json: AsJson = False) -> None:
     """
     from pipeline.deploy.registry import Registry
 
-    registry = Registry(Path.cwd(), model or _model_name())
+    registry = Registry(Path.cwd(), model or model_name())
     now, dropped = registry.rollback()
     text = f"{registry.name}: version {now.number} is @champion again, {dropped.number} is not."
-    _say(as_json, text, registry.aliases())
+    say(as_json, text, registry.aliases())
 
 
 @app.command()
@@ -164,7 +128,7 @@ def lineage(
     from pipeline.deploy.lineage import as_text, trace
     from pipeline.deploy.registry import Registry
 
-    traced = trace(Registry(Path.cwd(), model or _model_name()), what)
+    traced = trace(Registry(Path.cwd(), model or model_name()), what)
     print(json.dumps(traced, indent=2) if as_json else as_text(traced))
 
 
@@ -306,7 +270,7 @@ def serve(
       metaloom keys make alice --scope read --scope write
       curl -H "Authorization: Bearer $KEY" http://127.0.0.1:5001/v1/model
     """
-    commands.serve(model or _model_name(), host, port, config)
+    commands.serve(model or model_name(), host, port, config)
 
 
 app.add_typer(commands.keys, name="keys")
@@ -358,17 +322,6 @@ def _command_name() -> str:
     if called.name != "metaloom" or not called.is_relative_to(Path.cwd()):
         return "metaloom"
     return str(called.relative_to(Path.cwd()))
-
-
-def _model_name() -> str:
-    if RECORD.is_file():
-        return str(read_json(RECORD)["model"])
-    name = load_value(PARAMS, "deploy.model_name", str)
-    return f"{name}-{load_value(PARAMS, 'preprocess.domain', str)}"
-
-
-def _say(as_json: bool, text: str, aliases: Mapping[str, int]) -> None:
-    print(json.dumps({"aliases": dict(aliases)}) if as_json else text)
 
 
 def _foreground(command: list[str], environment: Mapping[str, str], folder: Path) -> None:
