@@ -94,6 +94,7 @@ def release(as_json: AsJson = False) -> None:
 
 
 app.command()(deploy_commands.promote)
+app.command()(deploy_commands.export)
 
 
 @app.command()

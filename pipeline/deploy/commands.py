@@ -1,8 +1,9 @@
-"""`metaloom promote`, and what commands about a registered model have in common."""
+"""`metaloom promote` and `metaloom export`, and what commands about registered models share."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,6 +15,7 @@ from pipeline.core.errors import ConfigError, RegistryError
 from pipeline.core.files import read_json
 
 if TYPE_CHECKING:
+    from pipeline.deploy.bundle import Bundle
     from pipeline.deploy.registry import Registry
 
 RECORD = Path("results/deploy/release.json")
@@ -112,6 +114,65 @@ def _copy(
     else:
         champion = f"@champion is version {aliases.get('champion', 'none')}, as before."
     print(f"{to}: version {there.number} {how} {version.uri}. {champion}")
+
+
+def export(
+    onnx: Annotated[Path, typer.Option("--onnx", help="File to write.")],
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[VERSION]",
+            help="A version's number, models:/NAME@ALIAS, models:/NAME/VERSION, or the folder of a "
+            "bundle [default: @champion].",
+        ),
+    ] = None,
+    model: Model = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a learner's encoder as an ONNX file: uint8 pictures in, features out.
+
+    The normalisation is inside, the size of the batch is free. Before the file is there,
+    onnxruntime gives the features of 64 made-up pictures, and they are compared with those of the
+    service; if they differ by more than 1e-4 relative, nothing is written. Learners whose
+    features depend on the episode (MAML, batch statistics of the support set) have no encoder.
+
+    \b
+      metaloom export 3 --onnx encoder.onnx
+      metaloom export models:/glyphs-prod@champion --onnx encoder.onnx
+    """
+    from pipeline.deploy.onnx_encoder import export_encoder
+
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle, origin = _opened(what, model, Path(scratch) / "bundle")
+        done = export_encoder(bundle, onnx, origin=origin)
+    if as_json:
+        print(json.dumps({**vars(done), "file": str(done.file), "origin": origin}, indent=2))
+        return
+    print(
+        f"{done.file}: {done.bytes} bytes, {done.input} -> {done.output}, of bundle "
+        f"{done.bundle[:12]}….\nOn {done.pictures} pictures onnxruntime's features differ by at "
+        f"most {done.difference:.2g} relative from the service's (limit {done.limit:.0e})."
+    )
+
+
+def _opened(what: str | None, model: str | None, scratch: Path) -> tuple[Bundle, str]:
+    """A version's bundle, verified, and its address; empty for a folder's.
+
+    Raises:
+        RegistryError: there is no such version.
+    """
+    from pipeline.deploy.serve.sources import source_of
+
+    if what is None or what.isdecimal():
+        name = model or model_name()
+        what = f"models:/{name}@champion" if what is None else f"models:/{name}/{what}"
+    source = source_of(what, Path.cwd())
+    found = source.look().get("champion")
+    if found is None:
+        raise RegistryError(f"there is no {what}: nothing to export. Name a version by its number.")
+    ref = found.ref
+    origin = "" if ref.version is None else f"models:/{ref.name}/{ref.version}"
+    return source.fetch(ref, scratch), origin
 
 
 def model_name() -> str:

@@ -153,7 +153,7 @@ def as_text(traced: Mapping[str, Any]) -> str:
             lines.append(f"  {name}: {shown}")
     lines += [
         f"  copied from {one['from']} by {one['by']} at {one['at']}: {one['reason']}"
-        for one in traced["copied"]
+        for one in traced.get("copied", ())
     ]
     lines += [
         f"  {one['kind']} by {one['by']} at {one['at']}: {one['reason']} (record {one['record']})"
