@@ -274,6 +274,18 @@ def test_altered_files_go_nowhere(dev: Registry, monkeypatch: pytest.MonkeyPatch
     assert copy_to(dev, dev.version(ANOTHER), target).version.number == 2
 
 
+def test_a_copy_outlives_the_version_that_it_was_made_from(
+    dev: Registry, root: Path, tmp_path: Path
+) -> None:
+    first, bundle = Registry(root, "toy-first"), tiny_bundle(tmp_path, 77)
+    version, _ = first.register(bundle, EXAMPLE, tags=GOOD)
+    second = Registry(root, "toy-second")
+    copy = copy_to(first, version, second).version
+    first._client.delete_registered_model("toy-first")
+    assert second.fetch(copy, tmp_path / "fetched").digest == bundle.digest
+    assert copy_to(second, copy, Registry(root, "toy-third")).new
+
+
 def test_a_trail_that_was_changed_by_hand_is_named(dev: Registry) -> None:
     for text in ("no list", "3", '["a"]'):
         with pytest.raises(RegistryError, match="copied.trail was changed by hand"):
