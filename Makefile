@@ -48,7 +48,7 @@ chaos: $(CLUSTER_STAMP)  ## break everything (SIZE=full: the nightly size): resu
 	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/chaos tests/cluster/test_hosts.py
 
 $(CLUSTER_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,s3,servers]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,s3,servers,onnx]'
 	touch $(CLUSTER_STAMP)
 
 lint: $(STAMP)  ## ruff, mypy --strict, import-linter

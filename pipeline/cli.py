@@ -14,8 +14,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from pipeline.core.errors import MachineError, RegistryError
-from pipeline.deploy.commands import AsJson, Model, model_name, release
+from pipeline.core.errors import MachineError
+from pipeline.deploy import commands as deploy_commands
+from pipeline.deploy.commands import AsJson, Model, model_name, say
+from pipeline.deploy.release_commands import release
 from pipeline.deploy.serve import commands
 from pipeline.runtime.logs import run_main
 
@@ -63,37 +65,8 @@ def doctor(as_json: AsJson = False) -> None:
 app.add_typer(release, name="release")
 
 
-@app.command()
-def promote(
-    version: Annotated[int | None, typer.Argument(help="Version [default: @challenger].")] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Though the gate did not pass it.")
-    ] = False,
-    reason: Annotated[str | None, typer.Option(help="Why; recorded. Needed with --force.")] = None,
-    model: Model = None,
-    as_json: AsJson = False,
-) -> None:
-    """Make a registered version the champion.
-
-    One that the gate did not pass needs --force and --reason: the reason is kept in the record of
-    promotions and as a tag of the version. Forced or not, a version must have passed its smoke
-    test, and its bundle must be the one that was registered. The old champion stays registered
-    as @previous; `metaloom rollback` brings it back. Moving the alias in MLflow does the same,
-    without these checks.
-    """
-    from pipeline.deploy.by_hand import promote_by_hand
-    from pipeline.deploy.champions import CHALLENGER
-    from pipeline.deploy.registry import Registry
-
-    registry = Registry(Path.cwd(), model or model_name())
-    number = version if version is not None else registry.aliases().get(CHALLENGER)
-    if number is None:
-        raise RegistryError(
-            f"{registry.name} has no challenger. Name the version: `metaloom promote VERSION`."
-        )
-    old = promote_by_hand(registry, registry.version(number), force=force, reason=reason)
-    was = f"; version {old.number} is @previous" if old else ""
-    _say(as_json, f"{registry.name}: version {number} is @champion{was}.", registry.aliases())
+app.command()(deploy_commands.promote)
+app.command()(deploy_commands.export)
 
 
 @app.command()
@@ -107,7 +80,7 @@ def rollback(model: Model = None, as_json: AsJson = False) -> None:
     registry = Registry(Path.cwd(), model or model_name())
     now, dropped = registry.rollback()
     text = f"{registry.name}: version {now.number} is @champion again, {dropped.number} is not."
-    _say(as_json, text, registry.aliases())
+    say(as_json, text, registry.aliases())
 
 
 @app.command()
@@ -314,10 +287,6 @@ def schema() -> None:
     from pipeline.doctor import params_schema
 
     print(json.dumps(params_schema(), indent=2))
-
-
-def _say(as_json: bool, text: str, aliases: Mapping[str, int]) -> None:
-    print(json.dumps({"aliases": dict(aliases)}) if as_json else text)
 
 
 def _foreground(command: list[str], environment: Mapping[str, str], folder: Path) -> None:

@@ -22,17 +22,34 @@ def promote_by_hand(
         RegistryError: the gate did not pass this version, and it is not forced, or no reason is
             given; or `Registry.promote` refuses.
     """
-    why = (reason or "").strip()
-    if version.tags.get(VERDICT_TAG) == "champion":
-        return registry.promote(version, reason=why or "a person's choice")
-    if not (force and why):
-        raise RegistryError(_refusal(version, force))
-    old = registry.promote(version, reason=f"forced: {why}")
-    registry.tag(version, {FORCED_TAG: why})
+    forced = overruling(version, force=force, reason=reason)
+    if forced is None:
+        return registry.promote(version, reason=(reason or "").strip() or "a person's choice")
+    old = registry.promote(version, reason=f"forced: {forced}")
+    registry.tag(version, {FORCED_TAG: forced})
     return old
 
 
-def _refusal(version: Version, force: bool) -> str:
+def overruling(
+    version: Version, *, force: bool, reason: str | None, to: str | None = None
+) -> str | None:
+    """The reason that overrules the gate; None where the gate passed the version.
+
+    Args:
+        to: the other registered model that it is to go to, for the message.
+
+    Raises:
+        RegistryError: the gate did not pass it, and it is not forced, or no reason is given.
+    """
+    if version.tags.get(VERDICT_TAG) == "champion":
+        return None
+    why = (reason or "").strip()
+    if not (force and why):
+        raise RegistryError(_refusal(version, force, f" --to {to}" if to else ""))
+    return why
+
+
+def _refusal(version: Version, force: bool, more: str) -> str:
     verdict = version.tags.get(VERDICT_TAG)
     found = "the gate has not judged it."
     if verdict is not None:
@@ -40,5 +57,5 @@ def _refusal(version: Version, force: bool) -> str:
     lacks = "A forced promotion needs a reason, which is recorded" if force else "If it must serve"
     return (
         f"version {version.number} of {version.name} was not promoted, for {found} {lacks}: "
-        f'`metaloom promote {version.number} --force --reason "..."`.'
+        f'`metaloom promote {version.number}{more} --force --reason "..."`.'
     )

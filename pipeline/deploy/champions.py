@@ -37,6 +37,16 @@ _VISIBLE_SECONDS = 10.0
 """A server may read from a copy of its database that lags behind."""
 
 
+def who() -> str:
+    """Who is doing this, for the records: person, machine and process."""
+    return f"{getpass.getuser()}@{socket.gethostname()}/{os.getpid()}"
+
+
+def now() -> str:
+    """The time of a record, by this machine's clock."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
 class Champions:
     """Who was, is and becomes champion of one registered model."""
 
@@ -128,8 +138,8 @@ class Champions:
             before=since.champion,
             after=since.last,
             token=uuid.uuid4().hex,
-            by=f"{getpass.getuser()}@{socket.gethostname()}/{os.getpid()}",
-            at=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            by=who(),
+            at=now(),
             reason=reason,
             # By hand the alias was moved before; nobody is on the way any more.
             seen=kind == "adopt",

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from pipeline.core.errors import RegistryError
+from pipeline.deploy.copying import trail
 from pipeline.deploy.registry import BUNDLE_TAG, SMOKE_TAG, WEIGHTS_TAG, Registry, Version
 from pipeline.runtime.lineage import CODE_FOLDERS, code_hash, code_root, file_hash, flatten
 from pipeline.runtime.lineage import git_state as state_of_git
@@ -123,7 +124,7 @@ def trace(registry: Registry, what: str) -> dict[str, Any]:
             if r.champion == version.number
         ]
         record = {"aliases": aliases, "promotions": promotions, "missing": missing(lineage)}
-        return {**lineage, **record}
+        return {**lineage, **record, "copied": trail(version.tags)}
     found = come_from(registry.versions(), what)
     if not found:
         raise RegistryError(
@@ -150,6 +151,10 @@ def as_text(traced: Mapping[str, Any]) -> str:
             lines += [f"  {name}:", *(f"    {key}: {item}" for key, item in shown.items())]
         else:
             lines.append(f"  {name}: {shown}")
+    lines += [
+        f"  copied from {one['from']} by {one['by']} at {one['at']}: {one['reason']}"
+        for one in traced.get("copied", ())
+    ]
     lines += [
         f"  {one['kind']} by {one['by']} at {one['at']}: {one['reason']} (record {one['record']})"
         for one in traced["promotions"]

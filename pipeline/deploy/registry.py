@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,33 +26,17 @@ from pipeline.deploy.patience import (
     state_said,
 )
 from pipeline.deploy.promotions import NOBODY, Record, Standing
+from pipeline.deploy.version import BUNDLE_TAG as BUNDLE_TAG
+from pipeline.deploy.version import Version as Version
+from pipeline.deploy.version import version_of
 from pipeline.runtime.mlflow_tracker import connect, experiment_id, shown_uri, tracking_uri
 
-BUNDLE_TAG, WEIGHTS_TAG = "metaloom.bundle", "metaloom.weights"
+WEIGHTS_TAG = "metaloom.weights"
 SMOKE_TAG, DAMAGED_TAG = "metaloom.smoke", "metaloom.damaged"
 PASSED = "passed"
+TOKEN_TAG = "metaloom.registration"
+"""Of the attempt that made a version: tells it from another attempt at the same moment."""
 _RELEASE_TAG = "metaloom.release"
-
-
-@dataclass(frozen=True)
-class Version:
-    """One registered model version."""
-
-    name: str
-    number: int
-    tags: Mapping[str, str]
-    source: str
-    run_id: str | None
-
-    @property
-    def digest(self) -> str:
-        """Of its bundle, as recorded on registration; empty for a version that is not ours."""
-        return self.tags.get(BUNDLE_TAG, "")
-
-    @property
-    def uri(self) -> str:
-        """Its address for MLflow's own commands."""
-        return f"models:/{self.name}/{self.number}"
 
 
 class Registry:
@@ -90,7 +74,7 @@ class Registry:
         with explained(self.shown):
             while token != "":
                 page = self._ask(partial(search, page_token=token))
-                found += [_as_version(self.name, one) for one in page]
+                found += [version_of(self.name, one) for one in page]
                 token = page.token or ""
         return found
 
@@ -114,23 +98,48 @@ class Registry:
         """
         again = "Run `dvc repro deploy` again when the registry is back: what is there is found."
         with state_said(f"Nothing of this bundle serves that did not before. {again}"):
-            if known := self._whole(bundle):
+            if known := self._whole(bundle.digest):
                 return known, False
             run = run_id or self._own_run(bundle)
             with explained(self.shown):
                 model = self._ask(lambda: self._log_model(bundle, example, run))
                 self._ask(lambda: self._read_back(model.artifact_path, bundle.digest))
-                self._ask(self._ensure_registered_model)
-                self._ask(lambda: self._create_version(bundle, model, tags or {}))
+                own = {BUNDLE_TAG: bundle.digest, WEIGHTS_TAG: bundle.weights_digest}
+                made, new = self._create_version(
+                    {**(tags or {}), **own},
+                    source=model.model_uri,
+                    run_id=model.run_id,
+                    description=bundle.card,
+                    model_id=model.model_id,
+                )
                 if run_id is None:
                     self._ask(lambda: self._client.set_terminated(run))
-        made = self.find(bundle.digest)
-        if made is None:
-            raise RegistryError(f"{self.name} lost a version while it was made. {again}")
-        if made.source != model.model_uri:
+        return made, new
+
+    def copy(self, original: Version, tags: Mapping[str, str]) -> tuple[Version, bool]:
+        """Make another model's version one of this model too; returns it and whether it is new.
+
+        It has the same files, run and card, and these tags, all in one transaction. A whole version
+        of the same bundle that is here already is taken instead.
+
+        Args:
+            tags: all that the copy is to have; its bundle's digest among them.
+        """
+        with state_said("Run the same command again when the registry is back: it is done once."):
+            if known := self._whole(original.digest):
+                return known, False
+            number = str(original.number)
             with explained(self.shown):
-                self._withdraw(bundle.digest, model.model_uri)
-        return made, made.source == model.model_uri
+                get = partial(self._client.get_model_version, original.name, number)
+                found = self._ask(get)
+                return self._create_version(
+                    tags,
+                    source=original.uri,  # as MLflow's own copies have it: its page links there
+                    run_id=found.run_id,
+                    run_link=found.run_link,
+                    description=found.description,
+                    model_id=found.model_id,
+                )
 
     def version(self, number: int) -> Version:
         """One version.
@@ -148,7 +157,7 @@ class Registry:
                     f"{self.name} has no version {number} (MLflow at {self.shown}). "
                     "`metaloom ui` shows those it has."
                 ) from None
-        return _as_version(self.name, found)
+        return version_of(self.name, found)
 
     def aliases(self) -> dict[str, int]:
         """Version number by alias; empty when nothing is registered."""
@@ -284,9 +293,9 @@ class Registry:
         with tempfile.TemporaryDirectory() as scratch:
             self.fetch(version, Path(scratch) / "bundle")
 
-    def _whole(self, bundle: Bundle) -> Version | None:
+    def _whole(self, digest: str) -> Version | None:
         """A version of this bundle whose files are all there; damaged ones are marked so."""
-        while known := self.find(bundle.digest):
+        while known := self.find(digest):
             try:
                 self._check_whole(known)
                 return known
@@ -309,26 +318,27 @@ class Registry:
         with explained(self.shown):
             return self._ask(find_or_make)
 
-    def _create_version(self, bundle: Bundle, model: Any, tags: Mapping[str, str]) -> None:
-        """Once: an earlier try may have come through though its answer did not."""
-        if self.find(bundle.digest) is not None:
-            return
-        own = {BUNDLE_TAG: bundle.digest, WEIGHTS_TAG: bundle.weights_digest}
-        self._client.create_model_version(
-            self.name,
-            source=model.model_uri,
-            run_id=model.run_id,
-            tags={**tags, **own},
-            description=bundle.card,
-            model_id=model.model_id,
-            await_creation_for=0,
-        )
+    def _create_version(self, tags: Mapping[str, str], **values: Any) -> tuple[Version, bool]:
+        """Once: an earlier try may have come through though its answer did not.
 
-    def _withdraw(self, digest: str, source: str) -> None:
-        """Another registration of this bundle came first: one version of it is enough."""
+        If somebody else registers the same bundle meanwhile, the first version of it stays.
+        """
+        digest, token = tags[BUNDLE_TAG], uuid.uuid4().hex
+        values |= {"tags": {**tags, TOKEN_TAG: token}, "await_creation_for": 0}
+
+        def create() -> None:
+            if self.find(digest) is None:
+                self._client.create_model_version(self.name, **values)
+
+        self._ask(self._ensure_registered_model)
+        self._ask(create)
+        made = self.find(digest)
+        if made is None:
+            raise RegistryError(f"{self.name} lost a version while it was made. Try it again.")
         for one in self._holding(digest):
-            if one.source == source:
+            if one.tags.get(TOKEN_TAG) == token and int(one.version) != made.number:
                 self._ask(partial(self._client.delete_model_version, self.name, one.version))
+        return made, made.tags.get(TOKEN_TAG) == token
 
     def _holding(self, digest: str) -> list[Any]:
         condition = f"name = '{self.name}' and tags.`{BUNDLE_TAG}` = '{digest}'"
@@ -388,7 +398,3 @@ def _download(base: str, target: Path) -> None:
             raise
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(found, target, symlinks=True)
-
-
-def _as_version(name: str, found: Any) -> Version:
-    return Version(name, int(found.version), dict(found.tags), found.source, found.run_id)

@@ -53,8 +53,12 @@ class Preprocessing(Section):
                 f"this learner takes uint8 pictures of shape {self.image_shape}, not {x.dtype} "
                 f"{tuple(x.shape[-3:])}. Resize and convert them as the store does."
             )
-        scale, shift = _scale_and_shift(tuple(self.mean), tuple(self.std), x.device)
+        scale, shift = self.scale_and_shift(x.device)
         return x.to(torch.float32) * scale + shift
+
+    def scale_and_shift(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[C, 1, 1] each: an input is pixel * scale + shift."""
+        return _scale_and_shift(tuple(self.mean), tuple(self.std), device)
 
 
 @lru_cache(maxsize=64)

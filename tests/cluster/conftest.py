@@ -50,7 +50,7 @@ class RayCluster:
 
 
 def needs(*modules: str) -> None:
-    """Skip, by name, where a package of the extras `ray`, `s3` or `servers` is missing."""
+    """Skip, by name, where a package of the extras `ray`, `s3`, `servers` or `onnx` is missing."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             pytest.skip(f"{module} is not installed (make test-cluster installs it)")

@@ -21,7 +21,7 @@ from pipeline.domains.glyphs import GlyphsConfig
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = {
     *("doctor", "promote", "release", "replay", "report", "rollback", "run", "schema", "serve"),
-    *("share", "ui", "upload", "lineage", "join", "keys"),
+    *("share", "ui", "upload", "lineage", "join", "keys", "export"),
 }
 
 
