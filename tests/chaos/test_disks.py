@@ -91,6 +91,7 @@ def test_a_disk_that_is_full_for_the_launcher_too(
         assert told and clean, found["said"]
 
 
+@pytest.mark.slow
 def test_a_disk_that_becomes_read_only(
     undisturbed: MetaTrainJob, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:

@@ -47,7 +47,7 @@ def test_a_flipped_bit_is_caught_at_the_next_checkpoint(
     metrics = launch_local(Job("pipeline.training.meta_train:run", undisturbed, 2), tmp_path / "l")
     record = campaign("one bit flips in one worker's parameters")
     rng, seen = random.Random(5), []
-    for place in range(tries(ci=2, full=20)):
+    for place in range(tries(ci=1, full=20)):
         workers = 2 + place % 2
         plan = Flip(
             job=small(tmp_path / f"run-{place}", blob_store, blob_tasks),

@@ -25,7 +25,7 @@ def test_every_injection_is_caught_and_all_worlds_end_alike(
     `spike_factor: 15`, which these runs have, and none by the default of 100.
     """
     record, found = campaign("NaN or spike in one group"), {}
-    count = tries(ci=24, full=100)
+    count = tries(ci=12, full=100)
     for workers in (1, 2):
         plan = Injections(folder=tmp_path / str(workers), count=count)
         job = Job("tests.distributed.poisoned:inject", plan, workers)

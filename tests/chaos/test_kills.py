@@ -229,7 +229,7 @@ def test_sigterm_loses_nothing(
     disturb(found, wanted, lambda name: begin(name, 2), stop, expected)
 
 
-@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+@pytest.mark.parametrize("launcher", ["local", torchrun_by_night])
 def test_sigterm_in_a_validation_loses_nothing(
     launcher: str,
     campaign: Callable[[str], Campaign],

@@ -118,6 +118,7 @@ def _worlds(run: Disturbed) -> list[int]:
     return [int(workers) for _, workers in dict.fromkeys(told)]
 
 
+@pytest.mark.slow
 def test_a_node_is_preempted(
     campaign: Callable[[str], Campaign],
     ray_cluster: RayCluster,

@@ -112,6 +112,7 @@ def upload(folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_the_store_is_gone_for_good(
     campaign: Callable[[str], Campaign],
     s3: Server,

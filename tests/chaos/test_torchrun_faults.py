@@ -166,13 +166,17 @@ def test_a_killed_agent_is_started_again_when_its_workers_are_gone(
 def test_a_late_note_of_an_earlier_start_does_not_kill_the_next_one(tmp_path: Path) -> None:
     """A stopped worker is killed; then its peer, which was slower to end, leaves a note too."""
     watch = "import sys; from pathlib import Path; import pipeline.launch.torchrun_agent as agent; "
-    watch += "agent._GRACE_SECONDS = 1.0; agent._end_hung_workers(Path(sys.argv[1]))"
+    watch += "agent._GRACE_SECONDS = 1.0; print('ready', flush=True); "
+    watch += "agent._end_hung_workers(Path(sys.argv[1]))"
     with contextlib.ExitStack() as started:
 
         def process(code: str, argument: str, **environment: str) -> subprocess.Popen[bytes]:
-            command = [sys.executable, "-c", code, argument]
-            one = started.enter_context(subprocess.Popen(command, env=os.environ | environment))
+            command = [sys.executable, "-c", f"print('here', flush=True); {code}", argument]
+            one = started.enter_context(
+                subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE)
+            )
             started.callback(one.kill)
+            assert one.stdout is not None and one.stdout.readline() == b"here\n"
             return one
 
         watcher = process(watch, str(tmp_path))
@@ -183,7 +187,8 @@ def test_a_late_note_of_an_earlier_start_does_not_kill_the_next_one(tmp_path: Pa
 
         hung, slow = worker(), worker()
         os.kill(hung.pid, signal.SIGSTOP)
-        time.sleep(3.0)  # for the watcher to begin, and to have seen both
+        assert watcher.stdout is not None and watcher.stdout.readline() == b"ready\n"
+        time.sleep(2.0)  # for the watcher to have seen both
         leave_note(tmp_path, "2", "worker 0 does not answer")
         assert hung.wait(10) == -signal.SIGKILL
         (tmp_path / f"fault-1-{slow.pid}.json").write_text('{"message": "nor to me"}')

@@ -257,7 +257,8 @@ def test_kills_while_a_folder_is_written(
         newer = {n % 256 if kind == "store" else n for n in (finished, finished + 1)}
         whole = found in newer or (found is None and phase == "the old one goes")
         seconds = time.perf_counter() - start
-        record.add(Try(size * (finished - level) + written, whole, found in newer, None, seconds))
+        same = found is None or found in newer  # absent is no other bits
+        record.add(Try(size * (finished - level) + written, whole, same, None, seconds))
         level = finished + 1  # a level in doubt is never written again: it would be there already
     record.notes |= {"phases": dict(phases), "spread": [round(m, 2) for m in sorted(moments)]}
     torn = looking()

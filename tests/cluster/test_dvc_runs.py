@@ -135,6 +135,7 @@ def test_without_a_remote_the_cache_is_shared_and_the_note_says_so(tiny: Tiny) -
     assert tiny.stages_run() == 1
 
 
+@pytest.mark.slow
 def test_a_dirty_tree_is_refused_or_marked(tiny: Tiny) -> None:
     tiny.write("wish.json", '"fail"')
     tiny.write("-rf new.py", "")

@@ -28,8 +28,15 @@ def test_the_battery_is_complete() -> None:
     assert set(names) == set(LAUNCHERS)
 
 
-@every_launcher
-@pytest.mark.parametrize("num_workers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("name", "num_workers"),
+    [
+        *((name, workers) for name in ("local", "torchrun") for workers in (1, 2, 3)),
+        pytest.param("ray_train", 1, marks=[pytest.mark.cluster, pytest.mark.slow]),
+        pytest.param("ray_train", 2, marks=pytest.mark.cluster),
+        pytest.param("ray_train", 3, marks=[pytest.mark.cluster, pytest.mark.slow]),
+    ],
+)
 def test_every_launcher_ends_with_the_same_bits(
     launcher: Launcher, num_workers: int, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:

@@ -156,6 +156,7 @@ def test_a_second_repro_runs_nothing(clone: Path) -> None:
     assert ran(call(clone, "dvc", "repro")) == []
 
 
+@pytest.mark.slow
 def test_an_old_parameter_restores_the_old_result(clone: Path) -> None:
     before = output_hashes(clone)
     set_steps(clone, 10)
