@@ -7,7 +7,6 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,33 +25,26 @@ from pipeline.deploy.patience import (
     state_said,
 )
 from pipeline.deploy.promotions import NOBODY, Record, Standing
-from pipeline.runtime.mlflow_tracker import connect, experiment_id, shown_uri, tracking_uri
-
-BUNDLE_TAG, WEIGHTS_TAG = "metaloom.bundle", "metaloom.weights"
-SMOKE_TAG, DAMAGED_TAG = "metaloom.smoke", "metaloom.damaged"
-PASSED = "passed"
-_RELEASE_TAG = "metaloom.release"
-
-
-@dataclass(frozen=True)
-class Version:
-    """One registered model version."""
-
-    name: str
-    number: int
-    tags: Mapping[str, str]
-    source: str
-    run_id: str | None
-
-    @property
-    def digest(self) -> str:
-        """Of its bundle, as recorded on registration; empty for a version that is not ours."""
-        return self.tags.get(BUNDLE_TAG, "")
-
-    @property
-    def uri(self) -> str:
-        """Its address for MLflow's own commands."""
-        return f"models:/{self.name}/{self.number}"
+from pipeline.deploy.runs import makers_of, own_run
+from pipeline.deploy.signing import (
+    MAX_SIGNATURE_BYTES,
+    SIGNATURE,
+    check_is_of,
+    keep_signature,
+    open_signed,
+    sign,
+    signing_key,
+)
+from pipeline.deploy.versions import (
+    BUNDLE_TAG,
+    DAMAGED_TAG,
+    PASSED,
+    SMOKE_TAG,
+    WEIGHTS_TAG,
+    Version,
+    as_version,
+)
+from pipeline.runtime.mlflow_tracker import connect, shown_uri, tracking_uri
 
 
 class Registry:
@@ -90,7 +82,7 @@ class Registry:
         with explained(self.shown):
             while token != "":
                 page = self._ask(partial(search, page_token=token))
-                found += [_as_version(self.name, one) for one in page]
+                found += [as_version(self.name, one) for one in page]
                 token = page.token or ""
         return found
 
@@ -111,15 +103,21 @@ class Registry:
             example: a request, kept as the model's input example.
             run_id: the run that it belongs to; without one a run is made for it.
             tags: of the version; set together with it, not afterwards.
+
+        Where METALOOM_SIGNING_KEY is set the bundle is signed, before its version appears.
         """
+        signing_key()  # one that cannot be used is told of before anything is written
         again = "Run `dvc repro deploy` again when the registry is back: what is there is found."
         with state_said(f"Nothing of this bundle serves that did not before. {again}"):
             if known := self._whole(bundle):
+                self.sign(known)
                 return known, False
-            run = run_id or self._own_run(bundle)
             with explained(self.shown):
+                digest = bundle.digest
+                run = run_id or self._ask(lambda: own_run(self._client, self._root, digest))
                 model = self._ask(lambda: self._log_model(bundle, example, run))
                 self._ask(lambda: self._read_back(model.artifact_path, bundle.digest))
+                self._ask(lambda: self._put_signature(model.model_id, bundle))
                 self._ask(self._ensure_registered_model)
                 self._ask(lambda: self._create_version(bundle, model, tags or {}))
                 if run_id is None:
@@ -148,7 +146,7 @@ class Registry:
                     f"{self.name} has no version {number} (MLflow at {self.shown}). "
                     "`metaloom ui` shows those it has."
                 ) from None
-        return _as_version(self.name, found)
+        return as_version(self.name, found)
 
     def aliases(self) -> dict[str, int]:
         """Version number by alias; empty when nothing is registered."""
@@ -171,11 +169,23 @@ class Registry:
                 number = self._champions.aliases().get(CHAMPION, NOBODY)
         return None if number == NOBODY else self.version(number)
 
-    def fetch(self, version: Version, target: Path) -> Bundle:
+    def sign(self, version: Version) -> bool:
+        """Sign a version's bundle if METALOOM_SIGNING_KEY is set and it is whole; whether it was."""
+        if signing_key() is None:
+            return False
+        with tempfile.TemporaryDirectory() as scratch, explained(self.shown):
+            bundle = self.fetch(version, Path(scratch) / ARTEFACT)
+            self._ask(lambda: self._put_signature(version.source.removeprefix("models:/"), bundle))
+        return True
+
+    def fetch(self, version: Version, target: Path, signed_by: Path | None = None) -> Bundle:
         """Download a version's bundle, and only that, and open it verified.
 
+        Args:
+            signed_by: a public key; then the signature must be by it, and is laid beside `target`.
+
         Raises:
-            ArtefactError: it is not the bundle that was registered.
+            ArtefactError: it is not the bundle that was registered, or not signed by that key.
             RegistryError: the version is not one of ours, or cannot be downloaded.
         """
         if not version.digest:
@@ -187,8 +197,13 @@ class Registry:
         number = str(version.number)
         with explained(self.shown, f"version {number} of {self.name} cannot be downloaded"):
             base = self._ask(lambda: self._client.get_model_version_download_uri(self.name, number))
+            if signed_by is not None:
+                signature = self._ask(lambda: _signature_at(base))
+                what = f"version {number} of {self.name}"
+                check_is_of(signature, version.digest, signed_by, what=what)
+                keep_signature(target, signature or "")
             self._ask(lambda: _download(base, target))
-        return load_bundle(target, digest=version.digest)
+        return open_signed(target, version.digest, signed_by)
 
     def promotions(self) -> Sequence[Record]:
         """Every change of the champion, in order."""
@@ -197,17 +212,8 @@ class Registry:
 
     def makers(self, path: str, digest: str) -> tuple[str, ...]:
         """The newest finished run that left this content at this path, and the run above it."""
-
-        def search() -> Any:
-            experiment = experiment_id(self._client, self._root)
-            condition = f"tags.`output.{path}` = '{digest}' and attributes.status = 'FINISHED'"
-            order = ["attributes.start_time DESC"]
-            return self._client.search_runs([experiment], condition, max_results=1, order_by=order)
-
         with explained(self.shown):
-            found = self._ask(search)
-        parents = [run.data.tags.get("mlflow.parentRunId") for run in found]
-        return tuple(str(run.info.run_id) for run in found) + tuple(filter(None, parents))
+            return self._ask(lambda: makers_of(self._client, self._root, path, digest))
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> Version:
         """Set tags of a version."""
@@ -239,11 +245,13 @@ class Registry:
             )
         self._check_whole(version)
         since = since or self.standing()
-        if since.champion == version.number:
+        if since.champion == version.number and not self._champions.is_unsigned(since):
             return None
         with explained(self.shown):
-            self._champions.change("promote", version.number, since, reason)
-        return None if since.champion == NOBODY else self.version(since.champion)
+            number, bundle = version.number, version.digest
+            self._champions.change("promote", number, since, reason, bundle=bundle)
+        old = since.champion
+        return None if old in (NOBODY, version.number) else self.version(old)
 
     def challenge(self, version: Version) -> None:
         """Mark a version as the one that waits for a person's decision."""
@@ -269,7 +277,8 @@ class Registry:
         target, current = self.version(earlier), self.version(since.champion)
         self._check_whole(target)
         with explained(self.shown):
-            self._champions.change("rollback", target.number, since, reason)
+            bundle = target.digest
+            self._champions.change("rollback", target.number, since, reason, bundle=bundle)
         return target, self.version(current.number)
 
     def _check_whole(self, version: Version) -> None:
@@ -285,21 +294,6 @@ class Registry:
             except ArtefactError as error:
                 self.tag(known, {DAMAGED_TAG: str(error)})
         return None
-
-    def _own_run(self, bundle: Bundle) -> str:
-        """A run for a release outside the pipeline: made once, however often it is tried."""
-        condition = f"tags.`{_RELEASE_TAG}` = '{bundle.digest}'"
-
-        def find_or_make() -> str:
-            experiment = experiment_id(self._client, self._root)
-            if found := self._client.search_runs([experiment], condition, max_results=1):
-                return str(found[0].info.run_id)
-            tags = {_RELEASE_TAG: bundle.digest}
-            made = self._client.create_run(experiment, tags=tags, run_name="release")
-            return str(made.info.run_id)
-
-        with explained(self.shown):
-            return self._ask(find_or_make)
 
     def _create_version(self, bundle: Bundle, model: Any, tags: Mapping[str, str]) -> None:
         """Once: an earlier try may have come through though its answer did not."""
@@ -330,6 +324,13 @@ class Registry:
         with tempfile.TemporaryDirectory() as scratch:
             _download(base, Path(scratch) / "bundle")
             load_bundle(Path(scratch) / "bundle", digest=digest)
+
+    def _put_signature(self, model_id: str, bundle: Bundle) -> None:
+        """Beside the bundle of a logged model, for a bundle holds no other files."""
+        if (key := signing_key()) is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                (path := Path(scratch) / SIGNATURE).write_text(sign(bundle.folder, key))
+                self._client.log_model_artifact(model_id, str(path))
 
     def _ensure_registered_model(self) -> None:
         try:
@@ -382,5 +383,16 @@ def _download(base: str, target: Path) -> None:
         shutil.copytree(found, target, symlinks=True)
 
 
-def _as_version(name: str, found: Any) -> Version:
-    return Version(name, int(found.version), dict(found.tags), found.source, found.run_id)
+def _signature_at(base: str) -> str | None:
+    """The signature beside a logged model's bundle; None where there is none.
+
+    It is looked for in a list: what stores say of a file that is absent differs.
+    """
+    from mlflow.artifacts import download_artifacts, list_artifacts
+
+    if SIGNATURE not in {Path(one.path).name for one in list_artifacts(artifact_uri=base)}:
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        uri = f"{base.rstrip('/')}/{SIGNATURE}"
+        content = Path(download_artifacts(artifact_uri=uri, dst_path=scratch)).read_bytes()
+    return content[:MAX_SIGNATURE_BYTES].decode(errors="replace")

@@ -40,6 +40,7 @@ from pipeline.deploy.serve.problems import MEDIA_TYPE, Problem
 from pipeline.deploy.serve.service import Service, told
 from pipeline.deploy.serve.settings import ServeSettings
 from pipeline.deploy.serve.sources import Source
+from pipeline.deploy.signing import read_public_key
 
 _PROBLEM_TEXTS = ("type", "title", "detail", "instance", "request_id")
 PAGE = Path(__file__).parent / "page"
@@ -59,9 +60,12 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     """The application, and the service behind it.
 
     Raises:
-        PipelineError: the database cannot be used.
+        PipelineError: the database, or the key of `signed_by`, cannot be used.
     """
     measures = Measures()
+    if (key := settings.public_key) is not None:
+        read_public_key(key)  # one that cannot be used is told of now, not at the first version
+        source = source.strict(key) if settings.strict else source
     engine = open_database(settings.database)
     service = Service(
         settings=settings,
@@ -70,6 +74,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
             Path(settings.cache),
             settings.rows_per_pass,
             settings.poll_seconds,
+            signed_by=key,
             on_switch=measures.switched,
         ),
         desk=Desk(settings.rates.waiting, settings.threads, on_pass=measures.rows.observe),
