@@ -170,7 +170,7 @@ class Registry:
         return None if number == NOBODY else self.version(number)
 
     def sign(self, version: Version) -> bool:
-        """Sign a version's bundle if METALOOM_SIGNING_KEY is set and it is whole; whether it was."""
+        """Sign a version's bundle, if METALOOM_SIGNING_KEY is set; returns whether it is."""
         if signing_key() is None:
             return False
         with tempfile.TemporaryDirectory() as scratch, explained(self.shown):
