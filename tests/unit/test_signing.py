@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import random
@@ -16,7 +17,7 @@ import pytest
 
 pytest.importorskip("model_signing", reason="the extra `sign` is not installed")
 
-from pipeline.core.errors import ArtefactError, ConfigError
+from pipeline.core.errors import ArtefactError, ConfigError, MachineError
 from pipeline.core.files import MANIFEST, seal
 from pipeline.deploy import signing
 from pipeline.deploy.bundle import FILES, Bundle
@@ -309,7 +310,17 @@ def test_a_signature_of_a_record_covers_all_that_it_says(
 
 def test_a_signature_of_a_bundle_is_none_of_a_record(signature: str, keys: Keys) -> None:
     envelope = json.loads(signature)["dsseEnvelope"]
-    import base64
-
     payload = base64.b64decode(envelope["payload"])
     assert not is_signed_record(payload, envelope["signatures"][0]["sig"], keys.public)
+
+
+def test_without_the_extra_whoever_asks_for_signatures_is_told(
+    keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv(KEY_VARIABLE, str(keys.private))
+    for ask in (signing_key, lambda: read_public_key(keys.public)):
+        with pytest.raises(MachineError, match=r"pip install 'metaloom\[sign\]'"):
+            ask()
+    monkeypatch.delenv(KEY_VARIABLE)
+    assert signing_key() is None
