@@ -14,16 +14,12 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from pipeline.core.config import load_section, load_value
 from pipeline.core.errors import MachineError, RegistryError
-from pipeline.core.files import read_json
+from pipeline.deploy.commands import AsJson, Model, model_name, release
 from pipeline.deploy.serve import commands
 from pipeline.runtime.logs import run_main
 
-RECORD = Path("results/deploy/release.json")
 REPORT = Path("results/evaluate/report.html")
-METRICS = Path("results/evaluate/metrics.json")
-PARAMS = Path("params.yaml")
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,12 +38,6 @@ app = typer.Typer(
     This command does the rest. Start with `metaloom doctor`.
     """,
 )
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-Model = Annotated[
-    str | None,
-    typer.Option("--model", help="Registered name [default: the one of the last release]."),
-]
 
 
 @app.command()
@@ -70,34 +60,7 @@ def doctor(as_json: AsJson = False) -> None:
         raise typer.Exit(1)
 
 
-@app.command()
-def release(as_json: AsJson = False) -> None:
-    """Say what was released; register it if this machine's registry does not have it.
-
-    A record of a release can be here without the release being in the registry: another registry
-    was chosen since, or its database is gone. This asks the registry and makes up for it; where
-    the release is registered it changes nothing, but for signing it with METALOOM_SIGNING_KEY.
-    """
-    from pipeline.deploy.registry import Registry
-    from pipeline.deploy.release import DeployConfig, Sources, deploy, refuse_failed_smoke
-    from pipeline.deploy.summary import summary
-
-    config = load_section(PARAMS, "deploy", DeployConfig)
-    record = read_json(RECORD)
-    registry = Registry(Path.cwd(), record["model"])
-    known = registry.find(record["bundle"])
-    if known is None:
-        print("This registry does not have the release yet: registering it.", file=sys.stderr)
-        record = deploy(config, Sources(), root=Path.cwd())
-        refuse_failed_smoke(record)
-    else:
-        registry.sign(known)
-        record = {**record, "version": known.number, "aliases": registry.aliases()}
-    if as_json:
-        print(json.dumps(record, indent=2))
-    else:
-        numbers = read_json(METRICS).get(record["domain"], {})
-        print(summary(record, numbers, _command_name()))
+app.add_typer(release, name="release")
 
 
 @app.command()
@@ -122,7 +85,7 @@ def promote(
     from pipeline.deploy.champions import CHALLENGER
     from pipeline.deploy.registry import Registry
 
-    registry = Registry(Path.cwd(), model or _model_name())
+    registry = Registry(Path.cwd(), model or model_name())
     number = version if version is not None else registry.aliases().get(CHALLENGER)
     if number is None:
         raise RegistryError(
@@ -141,7 +104,7 @@ def rollback(model: Model = None, as_json: AsJson = False) -> None:
     """
     from pipeline.deploy.registry import Registry
 
-    registry = Registry(Path.cwd(), model or _model_name())
+    registry = Registry(Path.cwd(), model or model_name())
     now, dropped = registry.rollback()
     text = f"{registry.name}: version {now.number} is @champion again, {dropped.number} is not."
     _say(as_json, text, registry.aliases())
@@ -165,7 +128,7 @@ def lineage(
     from pipeline.deploy.lineage import as_text, trace
     from pipeline.deploy.registry import Registry
 
-    traced = trace(Registry(Path.cwd(), model or _model_name()), what)
+    traced = trace(Registry(Path.cwd(), model or model_name()), what)
     print(json.dumps(traced, indent=2) if as_json else as_text(traced))
 
 
@@ -307,7 +270,7 @@ def serve(
       metaloom keys make alice --scope read --scope write
       curl -H "Authorization: Bearer $KEY" http://127.0.0.1:5001/v1/model
     """
-    commands.serve(model or _model_name(), host, port, config)
+    commands.serve(model or model_name(), host, port, config)
 
 
 app.add_typer(commands.keys, name="keys")
@@ -351,21 +314,6 @@ def schema() -> None:
     from pipeline.doctor import params_schema
 
     print(json.dumps(params_schema(), indent=2))
-
-
-def _command_name() -> str:
-    """What can be typed here again: by its path where it lies in this folder (`.venv/bin`)."""
-    called = Path(sys.argv[0]).absolute()
-    if called.name != "metaloom" or not called.is_relative_to(Path.cwd()):
-        return "metaloom"
-    return str(called.relative_to(Path.cwd()))
-
-
-def _model_name() -> str:
-    if RECORD.is_file():
-        return str(read_json(RECORD)["model"])
-    name = load_value(PARAMS, "deploy.model_name", str)
-    return f"{name}-{load_value(PARAMS, 'preprocess.domain', str)}"
 
 
 def _say(as_json: bool, text: str, aliases: Mapping[str, int]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import ArtefactError, MachineError, RegistryError
+from pipeline.deploy import signing
 from pipeline.deploy.bundle import CARD, Bundle, load_bundle
 from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, Champions
 from pipeline.deploy.packing import ARTEFACT, no_bytecode, pyfunc_parts, stage_code
@@ -26,15 +27,6 @@ from pipeline.deploy.patience import (
 )
 from pipeline.deploy.promotions import NOBODY, Record, Standing
 from pipeline.deploy.runs import makers_of, own_run
-from pipeline.deploy.signing import (
-    MAX_SIGNATURE_BYTES,
-    SIGNATURE,
-    check_is_of,
-    keep_signature,
-    open_signed,
-    sign,
-    signing_key,
-)
 from pipeline.deploy.versions import (
     BUNDLE_TAG,
     DAMAGED_TAG,
@@ -106,7 +98,7 @@ class Registry:
 
         Where METALOOM_SIGNING_KEY is set the bundle is signed, before its version appears.
         """
-        signing_key()  # one that cannot be used is told of before anything is written
+        signing.signing_key()  # one that cannot be used is told of before anything is written
         again = "Run `dvc repro deploy` again when the registry is back: what is there is found."
         with state_said(f"Nothing of this bundle serves that did not before. {again}"):
             if known := self._whole(bundle):
@@ -171,7 +163,7 @@ class Registry:
 
     def sign(self, version: Version) -> bool:
         """Sign a version's bundle, if METALOOM_SIGNING_KEY is set; returns whether it is."""
-        if signing_key() is None:
+        if signing.signing_key() is None:
             return False
         with tempfile.TemporaryDirectory() as scratch, explained(self.shown):
             bundle = self.fetch(version, Path(scratch) / ARTEFACT)
@@ -200,10 +192,10 @@ class Registry:
             if signed_by is not None:
                 signature = self._ask(lambda: _signature_at(base))
                 what = f"version {number} of {self.name}"
-                check_is_of(signature, version.digest, signed_by, what=what)
-                keep_signature(target, signature or "")
+                signing.check_is_of(signature, version.digest, signed_by, what=what)
+                signing.keep_signature(target, signature or "")
             self._ask(lambda: _download(base, target))
-        return open_signed(target, version.digest, signed_by)
+        return signing.open_signed(target, version.digest, signed_by)
 
     def promotions(self) -> Sequence[Record]:
         """Every change of the champion, in order."""
@@ -258,16 +250,24 @@ class Registry:
         with explained(self.shown):
             self._champions.move(CHALLENGER, version.number)
 
-    def rollback(self, *, reason: str = "a person's choice") -> tuple[Version, Version]:
+    def rollback(
+        self, *, reason: str = "a person's choice", only: int | None = None
+    ) -> tuple[Version, Version]:
         """Make the champion before this one serve again; returns (new champion, dropped one).
 
+        Args:
+            only: the version that is to go.
+
         Raises:
-            RegistryError: there is no earlier champion, or somebody else changed it meanwhile.
+            RegistryError: there is no earlier champion, somebody else changed it meanwhile, or it
+                is another one than is to go.
             ArtefactError: the earlier one is no longer whole.
         """
         since = self.standing()
         if since.champion == NOBODY:
             raise RegistryError(f"{self.name} has no champion, so there is nothing to roll back.")
+        if only not in (None, since.champion):
+            raise RegistryError(f"version {only} of {self.name} is champion no more.")
         earlier = self.aliases().get(PREVIOUS)
         if earlier is None:
             raise RegistryError(
@@ -327,9 +327,11 @@ class Registry:
 
     def _put_signature(self, model_id: str, bundle: Bundle) -> None:
         """Beside the bundle of a logged model, for a bundle holds no other files."""
-        if (key := signing_key()) is not None:
+        if (key := signing.signing_key()) is not None:
             with tempfile.TemporaryDirectory() as scratch:
-                (path := Path(scratch) / SIGNATURE).write_text(sign(bundle.folder, key))
+                (path := Path(scratch) / signing.SIGNATURE).write_text(
+                    signing.sign(bundle.folder, key)
+                )
                 self._client.log_model_artifact(model_id, str(path))
 
     def _ensure_registered_model(self) -> None:
@@ -390,9 +392,9 @@ def _signature_at(base: str) -> str | None:
     """
     from mlflow.artifacts import download_artifacts, list_artifacts
 
-    if SIGNATURE not in {Path(one.path).name for one in list_artifacts(artifact_uri=base)}:
+    if signing.SIGNATURE not in {Path(one.path).name for one in list_artifacts(artifact_uri=base)}:
         return None
     with tempfile.TemporaryDirectory() as scratch:
-        uri = f"{base.rstrip('/')}/{SIGNATURE}"
+        uri = f"{base.rstrip('/')}/{signing.SIGNATURE}"
         content = Path(download_artifacts(artifact_uri=uri, dst_path=scratch)).read_bytes()
-    return content[:MAX_SIGNATURE_BYTES].decode(errors="replace")
+    return content[: signing.MAX_SIGNATURE_BYTES].decode(errors="replace")

@@ -148,6 +148,7 @@ def test_nine_tenths_of_the_time_are_useful_at_one_kill_in_three_minutes(
     [
         ("local", "the driver"),
         ("local", "the whole node"),
+        pytest.param("torchrun", "the driver", marks=pytest.mark.slow),
         pytest.param("ray_train", "the driver", marks=pytest.mark.slow),
     ],
 )

@@ -22,11 +22,16 @@ from infra.local.processes import (
     launch,
     private_folder,
 )
+from pipeline.launch.base import Job
 from pipeline.runtime.journal import read_points
 from pipeline.runtime.kept import journal_folder, kept_journals
 from pipeline.runtime.tracking import FAILED, FINISHED, KILLED
+from pipeline.store.reader import Store
 from tests.chaos.campaign import Campaign, Try, is_full, tries
+from tests.chaos.disturbed import ENTRY, long_job, undisturbed
 from tests.chaos.hostile import FAULTS, Hostile, wait_until
+from tests.contract.drive import outcome, start
+from tests.distributed.small_run import digest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1800 if is_full() else 300)]
 
@@ -366,3 +371,36 @@ def test_killed_recorders(
         good = good and not kept_journals(stage.root)
         assert good or print(printed, errors) is None
         record.add(Try(arrived, good))
+
+
+@pytest.mark.slow
+def test_a_real_run_trains_on_while_mlflow_is_gone(
+    server: Server, client: Any, blob_store: Store, blob_tasks: Path, tmp_path: Path
+) -> None:
+    """Two workers; its steps go on in the outage, arrive once each, and the bits are the usual."""
+    server.start()
+    num_steps = 12_000 if is_full() else 3000
+    job = long_job(tmp_path / "run", blob_store, blob_tasks, num_steps=num_steps)
+    expected = undisturbed(tmp_path / "plain", blob_store, blob_tasks, num_steps=num_steps)
+    root, folder = tmp_path / "recorded", tmp_path / "drive"
+    root.mkdir()
+    environment = {"METALOOM_TRACKING": "on", "MLFLOW_TRACKING_URI": server.url}
+    driver = start("local", Job(ENTRY, job, 2), folder, environment, record=root)
+
+    def logged() -> int:
+        found = journal_folder(root).glob("*.jsonl")
+        return max((point.step for path in found for point, _ in read_points(path)), default=0)
+
+    wait_until(lambda: logged() > 50, 120, "the first steps")
+    server.kill()
+    before = logged()
+    time.sleep(OUTAGE_SECONDS)
+    during = logged() - before
+    server.start()
+    assert outcome(driver, folder) == expected[0] and digest(job) == expected[1]
+    assert during > 0 and before < num_steps
+    (experiment,) = client.search_experiments(filter_string="name = 'metaloom'")
+    runs = client.search_runs([experiment.experiment_id], "tags.`metaloom.role` = 'stage'")
+    histories = [client.get_metric_history(run.info.run_id, "gradient_norm") for run in runs]
+    (steps,) = [[metric.step for metric in history] for history in histories if history]
+    assert steps == list(range(1, num_steps + 1))

@@ -169,6 +169,47 @@ def test_hosts_are_cut_off_come_back_and_leave(
     )
 
 
+@pytest.mark.slow
+def test_the_drivers_host_dies_and_the_same_command_goes_on(
+    hosts: list[Host],
+    blob_store: Store,
+    blob_tasks: Path,
+    tmp_path: Path,
+    campaign: Callable[[str], Campaign],
+) -> None:
+    """The rendezvous dies with it; the host that has joined waits for the next one."""
+    found = campaign("kill -9 of the driver of two hosts, torchrun")
+    found.most_lost = CHECKPOINT_EVERY
+    expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks, num_steps=_NUM_STEPS)
+    first, second, _ = hosts
+    job, _ = [_furnish(host, blob_store, blob_tasks) for host in (first, second)]
+    folder, log = first.folder / "run", first.folder / "driver.log"
+
+    def begin() -> subprocess.Popen[bytes]:
+        write_drive("torchrun", Job(ENTRY, job, 2, max_restarts=3), folder)
+        command = [sys.executable, "-m", "tests.contract.drive", str(folder)]
+        return first.run(command, log, {**_environment(first, 2), "METALOOM_NODES": "2"})
+
+    driver = begin()
+    with _ended([driver, _join(second, first, 2)]):
+        _wait(lambda: len(_steps(first)) > 2 * CHECKPOINT_EVERY, driver, log)
+        driver.kill()
+        driver.wait()
+        before, killed, cut = _steps(first), time.monotonic(), time.time()
+        driver = begin()
+        with _ended([driver]):
+            _wait(lambda: len(_steps(first)) > len(before) + CHECKPOINT_EVERY, driver, log)
+            seconds = time.monotonic() - killed
+            resumed_at = _resumed_at(first, max(before), cut)
+            result = outcome(driver, folder)
+    own = job.model_copy(
+        update={name: first.folder / getattr(job, name) for name in ("target", "checkpoints")}
+    )
+    equal = (result, digest(own)) == expected
+    lost = max(before) - resumed_at
+    found.add(Try(len(before), survived=True, bits_equal=equal, steps_lost=lost, seconds=seconds))
+
+
 def test_other_data_on_a_host_is_refused(
     hosts: list[Host], blob_store: Store, blob_tasks: Path, other_store: Store
 ) -> None:

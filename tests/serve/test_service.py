@@ -13,6 +13,8 @@ from pipeline.deploy.serve.messages import Input, NewLearner, Predictions
 from pipeline.deploy.serve.service import Service
 from pipeline.deploy.serve.settings import ServeSettings
 from pipeline.deploy.serve.sources import FolderSource
+from pipeline.deploy.serve.traces import Traces
+from pipeline.deploy.serve.watch import Watch
 from tests.serve.asking import queries, support
 from tests.unit.tiny_learner import tiny_bundle
 
@@ -25,7 +27,8 @@ def service_in(folder: Path) -> Service:
     engine = open_database(settings.database)
     fleet = Fleet(FolderSource(tiny_bundle(folder).folder), folder, 16, poll_seconds=3600)
     fleet.look()
-    return Service(settings, fleet, Desk(100, 1), Learners(engine), Keys(engine))
+    watch = Watch(settings.budget, fleet.withdraw)
+    return Service(settings, fleet, Desk(100, 1), Learners(engine), Keys(engine), watch, Traces())
 
 
 def test_who_waits_for_a_learner_gets_it_though_the_first_asker_has_gone(tmp_path: Path) -> None:

@@ -141,7 +141,7 @@ def test_with_the_check_switched_off_the_bad_ones_would_serve(
     fleet: Fleet, filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the tests above can fail."""
-    monkeypatch.setattr("pipeline.deploy.registry.check_is_of", lambda *_, **__: None)
+    monkeypatch.setattr("pipeline.deploy.signing.check_is_of", lambda *_, **__: None)
     monkeypatch.setattr(signing, "check_signature", lambda folder, *_: load_bundle(folder).digest)
     for number in (UNSIGNED, BY_ANOTHER, STALE):
         move_by_hand(filled, number)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.responses import Response
 
 from pipeline import __version__
+from pipeline.core.errors import MachineError
 from pipeline.deploy.serve import problems
 from pipeline.deploy.serve.desk import Desk
 from pipeline.deploy.serve.export import archive, media_type
@@ -36,10 +38,15 @@ from pipeline.deploy.serve.messages import (
     Queries,
     Readiness,
 )
+from pipeline.deploy.serve.model import Version
 from pipeline.deploy.serve.problems import MEDIA_TYPE, Problem
-from pipeline.deploy.serve.service import Service, told
+from pipeline.deploy.serve.replicas import Replicas
+from pipeline.deploy.serve.service import Service
 from pipeline.deploy.serve.settings import ServeSettings
 from pipeline.deploy.serve.sources import Source
+from pipeline.deploy.serve.telling import told
+from pipeline.deploy.serve.traces import Traces
+from pipeline.deploy.serve.watch import Watch
 from pipeline.deploy.signing import read_public_key
 
 _PROBLEM_TEXTS = ("type", "title", "detail", "instance", "request_id")
@@ -67,20 +74,27 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         read_public_key(key)  # one that cannot be used is told of now, not at the first version
         source = source.strict(key) if settings.strict else source
     engine = open_database(settings.database)
+    fleet = Fleet(
+        source, Path(settings.cache), settings.rows_per_pass, settings.poll_seconds, signed_by=key
+    )
+    watch = Watch(settings.budget, on_spent=fleet.withdraw, on_answer=measures.judged)
     service = Service(
         settings=settings,
-        fleet=Fleet(
-            source,
-            Path(settings.cache),
-            settings.rows_per_pass,
-            settings.poll_seconds,
-            signed_by=key,
-            on_switch=measures.switched,
-        ),
+        fleet=fleet,
         desk=Desk(settings.rates.waiting, settings.threads, on_pass=measures.rows.observe),
         learners=Learners(engine),
         keys=Keys(engine),
+        watch=watch,
+        traces=Traces(),
     )
+    replicas = Replicas(engine)
+    fleet.on_look = lambda: replicas.report(service.report())
+
+    def switched(role: str, version: Version) -> None:
+        watch.begin_anew(version)
+        measures.switched(role, version)
+
+    fleet.on_switch = switched
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -90,7 +104,10 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         service.draining = True
         service.fleet.stop()
         await asyncio.to_thread(service.desk.stop)
+        with contextlib.suppress(MachineError):  # the row is forgotten within the hour
+            await asyncio.to_thread(replicas.leave)
         engine.dispose()
+        await asyncio.to_thread(service.traces.close)
 
     app = FastAPI(
         title="Metaloom",
@@ -107,7 +124,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     _add_health(app, service, measures)
     _add_page(app)
     _describe_problems(app)
-    return Guard(app, service.keys, settings, on_answer=measures.answered), service
+    return Guard(app, service.keys, settings, service.traces, on_answer=measures.answered), service
 
 
 def _caller(scope: str) -> Callable[[Request], Awaitable[Caller]]:
@@ -236,7 +253,7 @@ def _add_model(app: FastAPI, service: Service) -> None:
     async def what_serves(caller: _Reader) -> ModelTold:
         """The versions that serve, what they take, and those that were refused."""
         challenger = service.fleet.serving("challenger")
-        names = ("ways", "shots", "queries", "body_bytes", "pixels", "side")
+        names = ("ways", "shots", "queries", "body_bytes", "pixels", "pixels_together", "side")
         return ModelTold(
             champion=service.version().told(),
             challenger=challenger.told() if challenger else None,

@@ -15,6 +15,7 @@ from pipeline.core.errors import MachineError
 from pipeline.deploy.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
+    from pipeline.deploy.registry import Registry
     from pipeline.deploy.serve.keys import Keys
 
 _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -59,6 +60,19 @@ def settings_from(config: Path | None) -> ServeSettings:
         ConfigError: the file is missing, or a key or value in it is not allowed.
     """
     return ServeSettings() if config is None else load_section(config, "serve", ServeSettings)
+
+
+def say_status(registry: Registry, config: Path | None, *, as_json: bool) -> None:
+    """Print what the services of a database tell, beside what the registry wants."""
+    _require_extra()
+    from pipeline.deploy.serve.learners import open_database
+    from pipeline.deploy.serve.replicas import Replicas
+    from pipeline.deploy.serve.status import as_text, status_of
+
+    settings = settings_from(config)
+    seen = Replicas(open_database(settings.database)).all()
+    found = status_of(registry, seen, settings)
+    print(json.dumps(found, indent=2) if as_json else as_text(found))
 
 
 @keys.command("make")

@@ -13,7 +13,7 @@ from pipeline.core.files import canonical_json
 from pipeline.deploy.serve.inputs import PICTURE, Item
 from pipeline.deploy.serve.learners import Kept
 from pipeline.deploy.serve.model import Ready
-from pipeline.deploy.serve.service import told
+from pipeline.deploy.serve.telling import told
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 _PNG = b"\x89PNG"

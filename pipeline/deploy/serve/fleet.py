@@ -40,12 +40,19 @@ class Fleet:
     on_switch: Callable[[Role, Version], None] = lambda role, version: None
     refused: dict[str, Refused] = field(default_factory=dict)
     """By bundle"""
+    on_look: Callable[[], None] = lambda: None
+    """Called behind every look, in the thread that looks"""
     registry_problem: str = ""
     _unfit: set[str] = field(default_factory=set)
     """Bundles whose bytes are damaged, or that cannot answer, which no second look would mend"""
+    _withdrawn: dict[str, tuple[Role, ModelRef, str]] = field(default_factory=dict)
+    """By bundle: what the source has yet to be told of"""
     _serving: dict[str, Version] = field(default_factory=dict)
+    _before: Version | None = None
+    """The champion before this one"""
     _loaded: OrderedDict[str, Version] = field(default_factory=OrderedDict)
     _stop: threading.Event = field(default_factory=threading.Event)
+    _wake: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
@@ -57,6 +64,7 @@ class Fleet:
     def stop(self) -> None:
         """Look no more."""
         self._stop.set()
+        self._wake.set()
 
     def serving(self, role: str = "champion") -> Version | None:
         """What serves in this role now."""
@@ -80,8 +88,22 @@ class Fleet:
                 return known
             return self._keep(self._load(ref))
 
+    def withdraw(self, ref: ModelRef, why: str) -> None:
+        """Serve by what was before, here at once; everywhere, as soon as the source is told."""
+        role = next((r for r in _ROLES if r in self._serving and self._serving[r].ref == ref), None)
+        if role is None:
+            return
+        self._unfit.add(ref.bundle)
+        self._withdrawn[ref.bundle] = (role, ref, why)
+        if role == "challenger":
+            del self._serving[role]
+        elif self._before is not None:
+            self._switch(role, self._before)
+        self._wake.set()
+
     def look(self) -> None:
         """One look at the aliases; a switch if there is a new version and it is good."""
+        self._tell_of_withdrawn()
         try:
             found = self.source.look()
             self.registry_problem = ""
@@ -118,15 +140,33 @@ class Fleet:
             self._refuse(role, found.ref, why or "")
             return
         self.refused.pop(found.ref.bundle, None)
+        if role == "champion":
+            now = self._serving.get(role)
+            self._before = None if now is None or now.ref.bundle in self._unfit else now
+            write_json(self.cache / _LAST, version.ref.model_dump())
+        self._switch(role, version)
+
+    def _switch(self, role: Role, version: Version) -> None:
         self._serving[role] = version
         say("switch", role=role, version=str(version.ref.version), bundle=version.ref.bundle[:12])
         self.on_switch(role, version)
-        if role == "champion":
-            write_json(self.cache / _LAST, version.ref.model_dump())
 
-    def _refuse(self, role: Role, ref: ModelRef, why: str) -> None:
+    def _tell_of_withdrawn(self) -> None:
+        """Roll back where the source says who serves; again at the next look, if that fails."""
+        for bundle, (role, ref, why) in list(self._withdrawn.items()):
+            try:
+                self._refuse(role, ref, why, always=True)
+                if role == "champion":
+                    self.source.roll_back(ref, why)
+                    if (now := self._serving.get(role)) is not None:
+                        write_json(self.cache / _LAST, now.ref.model_dump())
+                del self._withdrawn[bundle]
+            except PipelineError as error:
+                self._troubled(str(error).splitlines()[0])
+
+    def _refuse(self, role: Role, ref: ModelRef, why: str, *, always: bool = False) -> None:
         known = self.refused.get(ref.bundle)
-        if role != "champion" or (known is not None and known.why == why):
+        if (role != "champion" and not always) or (known is not None and known.why == why):
             return
         self.refused[ref.bundle] = Refused(version=ref.version or 0, why=why)
         say("refused", version=str(ref.version), why=why)
@@ -175,7 +215,12 @@ class Fleet:
                 self.look()
             except Exception as error:  # whatever it is, the last good version serves on
                 self._troubled(f"{type(error).__name__}: {error}"[:300])
-            self._stop.wait(self.poll_seconds)
+            try:
+                self.on_look()
+            except PipelineError as error:
+                self._troubled(str(error).splitlines()[0])
+            self._wake.wait(self.poll_seconds)
+            self._wake.clear()
 
     def _troubled(self, problem: str) -> None:
         if problem != self.registry_problem:

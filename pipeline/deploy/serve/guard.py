@@ -19,6 +19,7 @@ from pipeline.core.errors import MachineError
 from pipeline.deploy.serve.keys import Caller, Keys
 from pipeline.deploy.serve.problems import Problem, away, problem_body, problem_headers
 from pipeline.deploy.serve.settings import ServeSettings
+from pipeline.deploy.serve.traces import Traces
 from pipeline.runtime.logs import say
 
 Scope = MutableMapping[str, Any]
@@ -60,6 +61,7 @@ class Guard:
     app: Asgi
     keys: Keys
     settings: ServeSettings
+    traces: Traces
     on_answer: Callable[[str, int, float], None] = lambda route, status, seconds: None
     _accounts: dict[str, _Account] = field(default_factory=dict)
 
@@ -79,15 +81,17 @@ class Guard:
                 headers.update({**_HEADERS, "x-request-id": scope["request_id"]})
             await send(message)
 
-        try:
-            await self._pass(scope, receive, send_on)
-        except Problem as problem:
-            if not status:
-                await _answer(problem, scope, send_on)
-        except MachineError as error:  # of the look for the key
-            await _answer(away(error), scope, send_on)
-        finally:
-            self._tell(scope, status, time.monotonic() - begin)
+        with self.traces.request(scope) as span:
+            try:
+                await self._pass(scope, receive, send_on)
+            except Problem as problem:
+                if not status:
+                    await _answer(problem, scope, send_on)
+            except MachineError as error:  # of the look for the key
+                await _answer(away(error), scope, send_on)
+            finally:
+                self._tell(scope, status, time.monotonic() - begin)
+                self.traces.answered(span, scope["method"], _route(scope), status)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not scope["path"].startswith(GUARDED):
@@ -172,7 +176,7 @@ class Guard:
 
     def _tell(self, scope: Scope, status: int, seconds: float) -> None:
         """Nothing of what was sent: the route, not the path."""
-        route = getattr(scope.get("route"), "path", "none")
+        route = _route(scope)
         self.on_answer(f"{scope['method']} {route}", status, seconds)
         caller = scope.get("caller")
         say(
@@ -184,6 +188,10 @@ class Guard:
             milliseconds=round(seconds * 1000, 2),
             key=caller.key if caller else "none",
         )
+
+
+def _route(scope: Scope) -> str:
+    return str(getattr(scope.get("route"), "path", "none"))
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -52,6 +52,13 @@ KEYS = sa.Table(
     sa.Column("expires", sa.String(40)),
     sa.Column("revoked", sa.String(40)),
 )
+REPLICAS = sa.Table(
+    "replicas",
+    _METADATA,
+    sa.Column("name", sa.String(80), primary_key=True),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("told", sa.Text, nullable=False),
+)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from pipeline.deploy.serve.messages import ModelRef
 from pipeline.deploy.serve.model import Version
 
 _SECONDS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -37,12 +38,22 @@ class Measures:
         self.serving = Gauge(
             "metaloom_serving", "1 for the version that serves.", ["role", "version"], **own
         )
+        self.judged_answers = Counter(
+            "metaloom_answers_total",
+            "Answers of a version: answered, failed; in the shadow: agreed, differed.",
+            ["version", "outcome"],
+            **own,
+        )
         self.switches = Counter("metaloom_switches_total", "Versions taken on.", ["role"], **own)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """One request."""
         self.requests.labels(route, str(status)).inc()
         self.seconds.labels(route).observe(seconds)
+
+    def judged(self, ref: ModelRef, outcome: str) -> None:
+        """What a version did with a request."""
+        self.judged_answers.labels(str(ref.version), outcome).inc()
 
     def switched(self, role: str, version: Version) -> None:
         """Another version serves."""

@@ -199,6 +199,25 @@ class Refused(_Message):
     why: str
 
 
+class Tally(BaseModel):
+    """What a version has done in one replica since it serves there."""
+
+    answered: int = 0
+    failed: int = 0
+    compared: int = Field(default=0, description="queries that it answered in the shadow")
+    agreed: int = Field(default=0, description="of these: with the champion's label")
+
+
+class ReplicaTold(_Message):
+    """What a replica serves, and how that does."""
+
+    champion: ModelRef | None
+    challenger: ModelRef | None
+    tallies: dict[Literal["champion", "challenger"], Tally]
+    share: float = Field(description="of the learners that the challenger answers")
+    refused: list[Refused]
+
+
 class ModelTold(_Message):
     """What serves now."""
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import hashlib
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -21,22 +26,23 @@ from pipeline.deploy.serve.inputs import Item, check_queries, check_support, dec
 from pipeline.deploy.serve.keys import Caller, Keys
 from pipeline.deploy.serve.learners import Kept, Learners, learner_id, now
 from pipeline.deploy.serve.messages import (
-    ClassOf,
     Episode,
     Input,
     LearnerTold,
-    Neighbour,
     NewLearner,
-    Options,
-    Prediction,
     Predictions,
-    Probability,
+    ReplicaTold,
 )
 from pipeline.deploy.serve.model import Answers, Pictures, Ready, Version
 from pipeline.deploy.serve.problems import Problem
 from pipeline.deploy.serve.settings import Policy, ServeSettings
+from pipeline.deploy.serve.telling import predictions_of, told
+from pipeline.deploy.serve.traces import Traces
+from pipeline.deploy.serve.watch import BrokenModelError, Watch, require_probabilities
 
-_NUM_NEIGHBOURS = 3
+_By = Callable[[Version], Awaitable[tuple[Ready, Answers]]]
+"""A request, answered by whatever version"""
+_DECODERS = 4
 _FOUND_SECONDS = 5.0
 """Learners never change; one that another replica deletes is still known for so long."""
 
@@ -50,8 +56,17 @@ class Service:
     desk: Desk
     learners: Learners
     keys: Keys
+    watch: Watch
+    traces: Traces
     draining: bool = False
     """No more work is wanted."""
+    _decoders: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_DECODERS, "decode")
+    )
+    """Threads of their own: costly pictures keep nobody's key from being looked up"""
+    _shadow: float = 0.0
+    """Of an answer in the shadow that is due"""
+    _shadows: set[asyncio.Future[None]] = field(default_factory=set)
     _found: dict[tuple[str, str], tuple[float, Kept]] = field(default_factory=dict)
     _ready: OrderedDict[tuple[str, str, str], asyncio.Future[Ready]] = field(
         default_factory=OrderedDict
@@ -89,7 +104,8 @@ class Service:
             labels=tuple(labels),
             unknown_below=None,
         )
-        ready = await self._learn(version, kept, every)
+        with _told_to_the_client(version), self.watch.over(version):
+            ready = await self._learn(version, kept, every)
         kept = dataclasses.replace(kept, unknown_below=ready.unknown_below)
         new = await asyncio.to_thread(self.learners.add, kept, every)
         self._remember(kept, version, ready)
@@ -116,16 +132,20 @@ class Service:
         """Answer queries by one of the caller's learners."""
         check_queries(queries, self.settings.limits)
         kept = await self.find(caller, name)
-        version = await self._version_for(kept, against)
-        ready = await self._ready_for(kept, version)
-        answers = await self._answer(version, ready, queries)
-        return _predictions(kept, version, ready, answers)
+
+        async def by(version: Version) -> tuple[Ready, Answers]:
+            ready = await self._ready_for(kept, version)
+            return ready, await self._answer(version, ready, queries)
+
+        first = await self._version_for(kept, against)
+        return await self._answered(kept, by, first, against, name)
 
     async def episode(self, wanted: Episode) -> Predictions:
         """Learn, answer, keep nothing."""
         check_support([one.label for one in wanted.support], self.settings.limits)
         check_queries(wanted.queries, self.settings.limits)
-        version = self.version(wanted.against)
+        first = self.version(wanted.against)
+        support, queries = items_of(wanted.support, "support"), items_of(wanted.queries, "queries")
         kept = Kept(
             owner="",
             id="",
@@ -133,16 +153,75 @@ class Service:
             created=now(),
             parent=None,
             policy="follow",
-            model=version.ref,
+            model=first.ref,
             labels=tuple(one.label for one in wanted.support),
             unknown_below=None,
         )
-        support = await self._decoded(version, items_of(wanted.support, "support"), "support")
-        queries = await self._decoded(version, items_of(wanted.queries, "queries"), "queries")
-        finish = partial(_learn_and_answer, kept, version, support, queries)
-        job = Job(version, np.concatenate([support, queries]), finish)
-        ready, answers = await self.desk.do(job)
-        return _predictions(kept, version, ready, answers)
+
+        async def by(version: Version) -> tuple[Ready, Answers]:
+            examples = await self._decoded(version, support, "support")
+            pictures = await self._decoded(version, queries, "queries")
+            finish = partial(_learn_and_answer, kept, version, examples, pictures)
+            job = Job(version, np.concatenate([examples, pictures]), finish)
+            found: tuple[Ready, Answers] = await self._done(job)
+            return found
+
+        return await self._answered(kept, by, first, wanted.against, support[0].digest)
+
+    async def _answered(
+        self, kept: Kept, by: _By, version: Version, against: str, canary: str
+    ) -> Predictions:
+        """By the champion; for a share of the learners by the challenger, if it can."""
+        challenger = self.fleet.serving("challenger")
+        follows = against == "champion" and kept.policy == "follow"
+        if challenger is not None and follows and is_canary(canary, self.settings.challenge.share):
+            try:
+                return predictions_of(kept, challenger, *await self._watched(by, challenger))
+            except (BrokenModelError, Problem):
+                challenger = None  # the champion answers, and nobody is the worse for it
+        with _told_to_the_client(version):
+            ready, answers = await self._watched(by, version)
+        if challenger is not None and follows:
+            self._in_the_shadow(by, challenger, answers)
+        return predictions_of(kept, version, ready, answers)
+
+    async def _watched(self, by: _By, version: Version) -> tuple[Ready, Answers]:
+        with self.watch.over(version):
+            ready, answers = await by(version)
+            require_probabilities(answers)
+        return ready, answers
+
+    def _in_the_shadow(self, by: _By, challenger: Version, seen: Answers) -> None:
+        """Now and then, and only while nobody waits, let the challenger answer too."""
+        self._shadow += self.settings.challenge.shadow
+        if self._shadow < 1 or self.desk.waiting:
+            self._shadow = min(self._shadow, 1.0)
+            return
+        self._shadow -= 1
+
+        async def compare() -> None:
+            with contextlib.suppress(BrokenModelError, Problem, PipelineError):  # counted, or busy
+                _, answers = await self._watched(by, challenger)
+                same = answers.probabilities.argmax(dim=1) == seen.probabilities.argmax(dim=1)
+                self.watch.compared(challenger, int(same.sum()), len(same))
+
+        task = asyncio.ensure_future(compare())
+        self._shadows.add(task)  # or it might be collected before it has run
+        task.add_done_callback(self._shadows.discard)
+
+    def report(self) -> ReplicaTold:
+        """What this replica serves, and how that does."""
+        champion, challenger = (self.fleet.serving(role) for role in ("champion", "challenger"))
+        return ReplicaTold(
+            champion=champion.ref if champion else None,
+            challenger=challenger.ref if challenger else None,
+            tallies={
+                "champion": self.watch.tally(champion),
+                "challenger": self.watch.tally(challenger),
+            },
+            share=self.settings.challenge.share,
+            refused=list(self.fleet.refused.values()),
+        )
 
     async def examples(self, kept: Kept) -> list[Item]:
         """A learner's examples; Problem 404 if it has been deleted since it was found."""
@@ -221,18 +300,42 @@ class Service:
     async def _learn(self, version: Version, kept: Kept, items: Sequence[Item]) -> Ready:
         pictures = await self._decoded(version, items, "support")
         finish = partial(version.learn, pictures, kept.targets, len(kept.classes))
-        ready: Ready = await self.desk.do(Job(version, pictures, finish))
+        ready: Ready = await self._done(Job(version, pictures, finish))
         return ready
 
     async def _answer(self, version: Version, ready: Ready, queries: Sequence[Input]) -> Answers:
         pictures = await self._decoded(version, items_of(queries, "queries"), "queries")
         job = Job(version, pictures, partial(version.answer, ready, pictures))
-        answers: Answers = await self.desk.do(job)
+        answers: Answers = await self._done(job)
         return answers
 
     async def _decoded(self, version: Version, items: Sequence[Item], place: str) -> Pictures:
         shape, limits = version.learner.preprocessing.image_shape, self.settings.limits
-        return await asyncio.to_thread(decode, items, shape, limits, place)
+        loop = asyncio.get_running_loop()
+        with self.traces.part("decode", pictures=len(items)):
+            wanted = partial(decode, items, shape, limits, place)
+            return await loop.run_in_executor(self._decoders, wanted)
+
+    async def _done(self, job: Job) -> Any:
+        with self.traces.part("model", pictures=len(job.pictures)):
+            return await self.desk.do(job)
+
+
+@contextmanager
+def _told_to_the_client(version: Version) -> Iterator[None]:
+    try:
+        yield
+    except BrokenModelError:
+        detail = (
+            f"version {version.ref.version} of the model failed on this request. That is counted: "
+            "a version that fails too often is rolled back. Try again later."
+        )
+        raise Problem(HTTPStatus.INTERNAL_SERVER_ERROR, detail) from None
+
+
+def is_canary(name: str, share: float) -> bool:
+    """Whether the challenger answers for this learner: always the same ones, spread evenly."""
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) < share * 16**8
 
 
 def _no_learner(name: str) -> Problem:
@@ -247,62 +350,3 @@ def _learn_and_answer(
     asked = None if features is None else features[len(support) :]
     ready = version.learn(support, kept.targets, len(kept.classes), own)
     return ready, version.answer(ready, queries, asked)
-
-
-def told(kept: Kept) -> LearnerTold:
-    """A learner as clients see it."""
-    labels = list(kept.labels)
-    return LearnerTold(
-        id=kept.id,
-        name=kept.name,
-        created=kept.created,  # type: ignore[arg-type]
-        parent=kept.parent,
-        classes=[ClassOf(label=label, shots=labels.count(label)) for label in kept.classes],
-        examples=len(labels),
-        options=Options(model=kept.policy),
-        model=kept.model,
-        unknown_below=kept.unknown_below,
-    )
-
-
-def _predictions(kept: Kept, version: Version, ready: Ready, answers: Answers) -> Predictions:
-    near = answers.similarity.topk(min(_NUM_NEIGHBOURS, len(kept.labels)), dim=1)
-    ordered = answers.probabilities.sort(dim=1, descending=True)
-    return Predictions(
-        learner=kept.id or None,
-        model=version.ref,
-        predictions=[
-            _prediction(kept, ready, *row)
-            for row in zip(
-                ordered.values.tolist(),
-                ordered.indices.tolist(),
-                near.values.tolist(),
-                near.indices.tolist(),
-                strict=True,
-            )
-        ],
-    )
-
-
-def _prediction(
-    kept: Kept,
-    ready: Ready,
-    probabilities: list[float],
-    classes: list[int],
-    similarities: list[float],
-    examples: list[int],
-) -> Prediction:
-    unknown = ready.unknown_below is not None and similarities[0] < ready.unknown_below
-    return Prediction(
-        label=None if unknown else kept.classes[classes[0]],
-        unknown=unknown,
-        confidence=probabilities[0],
-        probabilities=[
-            Probability(label=kept.classes[i], probability=p)
-            for i, p in zip(classes, probabilities, strict=True)
-        ],
-        nearest=[
-            Neighbour(example=i, label=kept.labels[i], similarity=s)
-            for i, s in zip(examples, similarities, strict=True)
-        ],
-    )

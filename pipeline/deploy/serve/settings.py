@@ -52,6 +52,25 @@ class Rates(Section):
     """For an answer to be ready; 503 beyond."""
 
 
+class Challenge(Section):
+    """What the version of @challenger does while it waits for a decision."""
+
+    share: float = Field(default=0.0, ge=0, le=1)
+    """Of the learners that follow the champion: it answers these (a canary), always the same ones;
+    where it fails, the champion answers."""
+    shadow: float = Field(default=0.0, ge=0, le=1)
+    """Of the champion's answers: it gives these too, seen by nobody, while nothing else waits."""
+
+
+class Budget(Section):
+    """How often a version may fail before the one before it serves again."""
+
+    failures: PositiveInt = 5
+    """Failed answers; one more, and the version goes."""
+    answers: PositiveInt = 500
+    """Among so many of its latest."""
+
+
 class ServeSettings(Section):
     """Everything about a service but its model's name and its address."""
 
@@ -71,6 +90,10 @@ class ServeSettings(Section):
     """Adapted learners kept in memory."""
     drain_seconds: NonNegativeFloat = 0.0
     """From the wish to stop, when /readyz begins to say no, until no more requests are taken."""
+    challenge: Challenge = Challenge()
+    """Of a waiting version."""
+    budget: Budget = Budget()
+    """Of every version."""
     signed_by: str | None = None
     """Public key (PEM); only bundles that are signed by it serve. None: signatures are not looked
     at."""

@@ -53,6 +53,9 @@ class Source(Protocol):
     def refuse(self, ref: ModelRef, why: str) -> None:
         """Leave word with the version that it may not serve."""
 
+    def roll_back(self, ref: ModelRef, why: str) -> None:
+        """Make the champion before this one serve again everywhere, if it is still champion."""
+
 
 @dataclass(frozen=True)
 class FolderSource:
@@ -80,6 +83,9 @@ class FolderSource:
 
     def refuse(self, ref: ModelRef, why: str) -> None:
         """There is nobody to tell."""
+
+    def roll_back(self, ref: ModelRef, why: str) -> None:
+        """There is no other."""
 
 
 @dataclass
@@ -148,6 +154,13 @@ class RegistrySource:
         registry = self._registry()
         registry.tag(registry.version(ref.version), {REFUSED_TAG: why})
         self._told[ref.version] = why
+
+    def roll_back(self, ref: ModelRef, why: str) -> None:
+        """By a record of promotions; another replica, or a person, may have been quicker."""
+        registry = self._registry()
+        follows = self.number is None and self.alias == "champion"
+        if follows and registry.standing().champion == ref.version:
+            registry.rollback(reason=why, only=ref.version)
 
     def _registry(self) -> Registry:
         # MLflow takes seconds to import; a service that starts from its cache does not wait for it.
