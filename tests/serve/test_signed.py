@@ -311,6 +311,13 @@ def test_settings_that_cannot_work_are_told_of_at_the_start(tmp_path: Path) -> N
         build_app(FolderSource(tmp_path), settings)
 
 
+def wait_until(what: Callable[[], bool], seconds: float = 30.0) -> None:
+    until = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
 def test_a_strict_service_of_its_own(
     filled: Path,
     tmp_path: Path,
@@ -335,20 +342,14 @@ def test_a_strict_service_of_its_own(
                 bundle = registry.version(number).digest
                 since = registry.standing()
                 registry._champions.change("promote", number, since, "a test", bundle=bundle)
-            until = time.monotonic() + 30
-            while f"version {number} may not serve" not in str(service.readiness()[1]):
-                assert time.monotonic() < until, service.readiness()
-                time.sleep(0.1)
+            wait_until(lambda n=number: f"version {n} may not serve" in str(service.readiness()))
             status, told = service.readiness()
             assert status == 200 and why in str(told)
             assert service.client().model().champion.version == 1
-            refused = [one for one in service.events("refused") if one["version"] == str(number)]
-            assert refused and why in refused[-1]["why"]
+            wait_until(lambda n=number, w=why: w in registry.version(n).tags.get(REFUSED_TAG, ""))
+            assert f'"refused", "version": "{number}"' in service.log.read_text()
         promote(2)
-        until = time.monotonic() + 30
-        while service.client().model().champion.version != 2:
-            assert time.monotonic() < until, service.readiness()
-            time.sleep(0.1)
+        wait_until(lambda: service.client().model().champion.version == 2)
     finally:
         service.stop()
         move_by_hand(filled, 1)
