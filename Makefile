@@ -22,7 +22,7 @@ setup: $(STAMP)  ## make .venv with the exact pins of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=python3.12 or so" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[track,glyphs,serve,traces,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[track,glyphs,serve,sign,traces,dev]'
 	touch $(STAMP)
 
 repro: $(STAMP)  ## from nothing to a promoted model: runs every stage that has changed

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.core.errors import RegistryError
-from pipeline.deploy.registry import Registry, Version
+from pipeline.deploy.registry import Registry
+from pipeline.deploy.versions import Version
 
 VERDICT_TAG, VERDICT_REASON_TAG = "gate.verdict", "gate.reason"
 FORCED_TAG = "metaloom.forced"

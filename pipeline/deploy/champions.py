@@ -5,7 +5,6 @@ from __future__ import annotations
 import getpass
 import os
 import socket
-import sys
 import time
 import uuid
 from dataclasses import replace
@@ -26,7 +25,10 @@ from pipeline.deploy.promotions import (
     as_tags,
     fold,
     from_tags,
+    signed_content,
 )
+from pipeline.deploy.signing import sign_record, signing_key, was_signed_with
+from pipeline.runtime.logs import warn
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 ROLLED_BACK_TAG = "metaloom.rolled_back"
@@ -75,13 +77,13 @@ class Champions:
                     self._mark(last, "seen")
                 return standing
             if verdict == "behind" and self._exists(standing.champion):
-                _tell(
+                warn(
                     f"@champion of {self._model} was left at version {alias or 'none'}; record "
                     f"{standing.last} says {standing.champion or 'none'}: mended."
                 )
                 self._write("mend", standing.champion, standing, "the alias was left behind")
             else:
-                _tell(
+                warn(
                     f"@champion of {self._model} was moved by hand to version {alias or 'none'}: "
                     "it is the champion from now on."
                 )
@@ -91,8 +93,13 @@ class Champions:
             f"{self.record_name} in `metaloom ui`."
         )
 
-    def change(self, kind: Kind, champion: int, since: Standing, reason: str) -> Standing:
+    def change(
+        self, kind: Kind, champion: int, since: Standing, reason: str, *, bundle: str = ""
+    ) -> Standing:
         """Make a version the champion, if nobody has changed it since.
+
+        Args:
+            bundle: digest of the version's bundle; recorded and signed with METALOOM_SIGNING_KEY.
 
         Raises:
             LostRaceError: somebody has; names them. Nothing was changed.
@@ -102,10 +109,18 @@ class Champions:
             f"again: it is done once. The record is the model {self.record_name} in `metaloom ui`."
         )
         with state_said(open_end):
-            standing, won = self._write(kind, champion, since, reason)
+            standing, won = self._write(kind, champion, since, reason, bundle)
         if not won:
             raise LostRaceError(self._lost(champion, since, standing))
         return standing
+
+    def is_unsigned(self, standing: Standing) -> bool:
+        """Whether the champion's record is to be signed by METALOOM_SIGNING_KEY and is not yet."""
+        key, winner = signing_key(), standing.winner
+        if key is None or winner is None:
+            return key is not None
+        content = signed_content(winner, self._model)
+        return not was_signed_with(content, winner.signature, key)
 
     def aliases(self) -> dict[str, int]:
         """Version number by alias; empty when nothing is registered."""
@@ -127,7 +142,7 @@ class Champions:
             self._ask(lambda: self._client.delete_registered_model_alias(self._model, alias))
 
     def _write(
-        self, kind: Kind, champion: int, since: Standing, reason: str
+        self, kind: Kind, champion: int, since: Standing, reason: str, bundle: str = ""
     ) -> tuple[Standing, bool]:
         """Append a record and, if it wins, bring the alias there."""
         begun = time.monotonic()
@@ -144,7 +159,12 @@ class Champions:
             # By hand the alias was moved before; nobody is on the way any more.
             seen=kind == "adopt",
             done=kind == "adopt",
+            bundle=bundle,
         )
+        # What was found, a move by hand or an alias left behind, is nobody's word to be signed.
+        if kind in ("promote", "rollback") and (key := signing_key()) is not None:
+            content = signed_content(record, self._model)
+            record = replace(record, signature=sign_record(content, key))
         standing = self._append(record)
         mine = [r for r in standing.winners if r.token == record.token]
         if mine and kind == "adopt":
@@ -302,7 +322,3 @@ _NOT_KNOWN = Record(number=NOBODY, kind="promote", champion=NOBODY, by="somebody
 
 def _holds(records: list[Record], record: Record) -> bool:
     return any(found.token == record.token for found in records)
-
-
-def _tell(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)

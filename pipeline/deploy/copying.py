@@ -13,8 +13,9 @@ from typing import Any
 from pipeline.core.errors import ArtefactError, RegistryError
 from pipeline.deploy.by_hand import FORCED_TAG, overruling
 from pipeline.deploy.champions import ROLLED_BACK_TAG, now, who
-from pipeline.deploy.registry import DAMAGED_TAG, TOKEN_TAG, Registry, Version
+from pipeline.deploy.registry import Registry
 from pipeline.deploy.serve.admission import REFUSED_TAG, refusal
+from pipeline.deploy.versions import DAMAGED_TAG, TOKEN_TAG, Version
 
 FROM_TAG, BY_TAG, AT_TAG = "copied.from", "copied.by", "copied.at"
 REASON_TAG, TRAIL_TAG = "copied.reason", "copied.trail"

@@ -12,7 +12,8 @@ import yaml
 
 from pipeline.core.errors import RegistryError
 from pipeline.deploy.copying import trail
-from pipeline.deploy.registry import BUNDLE_TAG, SMOKE_TAG, WEIGHTS_TAG, Registry, Version
+from pipeline.deploy.registry import Registry
+from pipeline.deploy.versions import BUNDLE_TAG, SMOKE_TAG, WEIGHTS_TAG, Version
 from pipeline.runtime.lineage import CODE_FOLDERS, code_hash, code_root, file_hash, flatten
 from pipeline.runtime.lineage import git_state as state_of_git
 

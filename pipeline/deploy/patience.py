@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from http import HTTPStatus
 from typing import TypeVar
 
 from pipeline.core.errors import PipelineError, RegistryError
+from pipeline.runtime.logs import warn
 
 Result = TypeVar("Result")
 
@@ -84,7 +84,7 @@ class Persistent:
                     "server, or set MLFLOW_TRACKING_URI right; `metaloom doctor` looks into it."
                 ) from None
             if not told and self._answered:
-                _tell(
+                warn(
                     f"the registry does not answer ({_reason(fault)[:100]}); trying again for "
                     f"{patience:.0f} s."
                 )
@@ -134,10 +134,6 @@ def _reason(error: Exception) -> str:
     # Of an HTTP client's message the end tells, not the address with its query.
     lines = str(error).rpartition("(Caused by ")[2].strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
-
-
-def _tell(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def code_of(error: Exception) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.core.errors import RegistryError
+from pipeline.core.files import canonical_json
 
 
 class LostRaceError(RegistryError):
@@ -28,6 +29,7 @@ class LostRaceError(RegistryError):
 Kind = Literal["promote", "rollback", "adopt", "mend"]
 ALIAS_MARK = "alias"
 """Tag of a record: `seen`, or `done`, which is more."""
+SIGNATURE_TAG = "signature"
 NOBODY = 0
 """Stands for no champion, and for no record."""
 LATE_SECONDS = 600.0
@@ -52,6 +54,10 @@ class Record:
     by: str = ""
     at: str = ""
     reason: str = ""
+    bundle: str = ""
+    """Digest of the champion's bundle, where the record is signed."""
+    signature: str = ""
+    """Over `signed_content`; empty where nobody signed."""
     created: float = 0.0
     """By the server's clock, in seconds since the epoch."""
     seen: bool = False
@@ -136,8 +142,19 @@ def as_tags(record: Record) -> dict[str, str]:
         "by": record.by,
         "at": record.at,
         "reason": record.reason[:1000] or "none given",
+        **({"bundle": record.bundle} if record.bundle else {}),
+        **({SIGNATURE_TAG: record.signature} if record.signature else {}),
         **({ALIAS_MARK: "done"} if record.done else {ALIAS_MARK: "seen"} if record.seen else {}),
     }
+
+
+def signed_content(record: Record, model: str) -> bytes:
+    """What a signature of a record covers: all that its writer says, and of which model.
+
+    The marks of the alias come later and say nothing about who was chosen.
+    """
+    told = {k: v for k, v in as_tags(record).items() if k not in (ALIAS_MARK, SIGNATURE_TAG)}
+    return canonical_json({"model": model, **told}).encode()
 
 
 def from_tags(number: int, tags: Mapping[str, str], created: float) -> Record | None:
@@ -154,6 +171,8 @@ def from_tags(number: int, tags: Mapping[str, str], created: float) -> Record | 
             by=tags.get("by", "unknown"),
             at=tags.get("at", "unknown"),
             reason=tags.get("reason", ""),
+            bundle=tags.get("bundle", ""),
+            signature=tags.get(SIGNATURE_TAG, ""),
             created=created,
             seen=ALIAS_MARK in tags,
             done=tags.get(ALIAS_MARK) == "done",

@@ -3,40 +3,40 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import ArtefactError, MachineError, RegistryError
-from pipeline.deploy.bundle import CARD, Bundle, load_bundle
+from pipeline.deploy import signing
+from pipeline.deploy.artefacts import download, log_model, signature_at
+from pipeline.deploy.bundle import Bundle, load_bundle
 from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, Champions
-from pipeline.deploy.packing import ARTEFACT, no_bytecode, pyfunc_parts, stage_code
+from pipeline.deploy.packing import ARTEFACT
 from pipeline.deploy.patience import (
     DEFAULT_PATIENCE,
     Patience,
     Persistent,
     code_of,
     explained,
-    is_absent,
     state_said,
 )
 from pipeline.deploy.promotions import NOBODY, Record, Standing
-from pipeline.deploy.version import BUNDLE_TAG as BUNDLE_TAG
-from pipeline.deploy.version import Version as Version
-from pipeline.deploy.version import version_of
-from pipeline.runtime.mlflow_tracker import connect, experiment_id, shown_uri, tracking_uri
-
-WEIGHTS_TAG = "metaloom.weights"
-SMOKE_TAG, DAMAGED_TAG = "metaloom.smoke", "metaloom.damaged"
-PASSED = "passed"
-TOKEN_TAG = "metaloom.registration"
-"""Of the attempt that made a version: tells it from another attempt at the same moment."""
-_RELEASE_TAG = "metaloom.release"
+from pipeline.deploy.runs import makers_of, own_run
+from pipeline.deploy.versions import (
+    BUNDLE_TAG,
+    DAMAGED_TAG,
+    PASSED,
+    SMOKE_TAG,
+    TOKEN_TAG,
+    WEIGHTS_TAG,
+    Version,
+    as_version,
+)
+from pipeline.runtime.mlflow_tracker import connect, shown_uri, tracking_uri
 
 
 class Registry:
@@ -74,7 +74,7 @@ class Registry:
         with explained(self.shown):
             while token != "":
                 page = self._ask(partial(search, page_token=token))
-                found += [version_of(self.name, one) for one in page]
+                found += [as_version(self.name, one) for one in page]
                 token = page.token or ""
         return found
 
@@ -95,15 +95,21 @@ class Registry:
             example: a request, kept as the model's input example.
             run_id: the run that it belongs to; without one a run is made for it.
             tags: of the version; set together with it, not afterwards.
+
+        Where METALOOM_SIGNING_KEY is set the bundle is signed, before its version appears.
         """
+        signing.signing_key()  # one that cannot be used is told of before anything is written
         again = "Run `dvc repro deploy` again when the registry is back: what is there is found."
         with state_said(f"Nothing of this bundle serves that did not before. {again}"):
             if known := self._whole(bundle.digest):
+                self.sign(known)
                 return known, False
-            run = run_id or self._own_run(bundle)
             with explained(self.shown):
-                model = self._ask(lambda: self._log_model(bundle, example, run))
+                digest = bundle.digest
+                run = run_id or self._ask(lambda: own_run(self._client, self._root, digest))
+                model = self._ask(lambda: log_model(self._client, self.name, bundle, example, run))
                 self._ask(lambda: self._read_back(model.artifact_path, bundle.digest))
+                self._ask(lambda: self._put_signature(model.model_id, bundle))
                 own = {BUNDLE_TAG: bundle.digest, WEIGHTS_TAG: bundle.weights_digest}
                 made, new = self._create_version(
                     {**(tags or {}), **own},
@@ -157,7 +163,7 @@ class Registry:
                     f"{self.name} has no version {number} (MLflow at {self.shown}). "
                     "`metaloom ui` shows those it has."
                 ) from None
-        return version_of(self.name, found)
+        return as_version(self.name, found)
 
     def aliases(self) -> dict[str, int]:
         """Version number by alias; empty when nothing is registered."""
@@ -180,11 +186,26 @@ class Registry:
                 number = self._champions.aliases().get(CHAMPION, NOBODY)
         return None if number == NOBODY else self.version(number)
 
-    def fetch(self, version: Version, target: Path) -> Bundle:
+    def sign(self, version: Version) -> bool:
+        """Sign a version's bundle, if METALOOM_SIGNING_KEY is set; returns whether it is."""
+        if signing.signing_key() is None:
+            return False
+        with tempfile.TemporaryDirectory() as scratch, explained(self.shown):
+            bundle = self.fetch(version, Path(scratch) / ARTEFACT)
+            number = str(version.number)
+            found = self._ask(lambda: self._client.get_model_version(self.name, number))
+            # Not by its source, which for a copy names the version that it was copied from.
+            self._ask(lambda: self._put_signature(found.model_id, bundle))
+        return True
+
+    def fetch(self, version: Version, target: Path, signed_by: Path | None = None) -> Bundle:
         """Download a version's bundle, and only that, and open it verified.
 
+        Args:
+            signed_by: a public key; then the signature must be by it, and is laid beside `target`.
+
         Raises:
-            ArtefactError: it is not the bundle that was registered.
+            ArtefactError: it is not the bundle that was registered, or not signed by that key.
             RegistryError: the version is not one of ours, or cannot be downloaded.
         """
         if not version.digest:
@@ -196,8 +217,13 @@ class Registry:
         number = str(version.number)
         with explained(self.shown, f"version {number} of {self.name} cannot be downloaded"):
             base = self._ask(lambda: self._client.get_model_version_download_uri(self.name, number))
-            self._ask(lambda: _download(base, target))
-        return load_bundle(target, digest=version.digest)
+            if signed_by is not None:
+                signature = self._ask(lambda: signature_at(base))
+                what = f"version {number} of {self.name}"
+                signing.check_is_of(signature, version.digest, signed_by, what=what)
+                signing.keep_signature(target, signature or "")
+            self._ask(lambda: download(base, target))
+        return signing.open_signed(target, version.digest, signed_by)
 
     def promotions(self) -> Sequence[Record]:
         """Every change of the champion, in order."""
@@ -206,17 +232,8 @@ class Registry:
 
     def makers(self, path: str, digest: str) -> tuple[str, ...]:
         """The newest finished run that left this content at this path, and the run above it."""
-
-        def search() -> Any:
-            experiment = experiment_id(self._client, self._root)
-            condition = f"tags.`output.{path}` = '{digest}' and attributes.status = 'FINISHED'"
-            order = ["attributes.start_time DESC"]
-            return self._client.search_runs([experiment], condition, max_results=1, order_by=order)
-
         with explained(self.shown):
-            found = self._ask(search)
-        parents = [run.data.tags.get("mlflow.parentRunId") for run in found]
-        return tuple(str(run.info.run_id) for run in found) + tuple(filter(None, parents))
+            return self._ask(lambda: makers_of(self._client, self._root, path, digest))
 
     def tag(self, version: Version, tags: Mapping[str, str]) -> Version:
         """Set tags of a version."""
@@ -248,11 +265,13 @@ class Registry:
             )
         self._check_whole(version)
         since = since or self.standing()
-        if since.champion == version.number:
+        if since.champion == version.number and not self._champions.is_unsigned(since):
             return None
         with explained(self.shown):
-            self._champions.change("promote", version.number, since, reason)
-        return None if since.champion == NOBODY else self.version(since.champion)
+            number, bundle = version.number, version.digest
+            self._champions.change("promote", number, since, reason, bundle=bundle)
+        old = since.champion
+        return None if old in (NOBODY, version.number) else self.version(old)
 
     def challenge(self, version: Version) -> None:
         """Mark a version as the one that waits for a person's decision."""
@@ -286,7 +305,8 @@ class Registry:
         target, current = self.version(earlier), self.version(since.champion)
         self._check_whole(target)
         with explained(self.shown):
-            self._champions.change("rollback", target.number, since, reason)
+            bundle = target.digest
+            self._champions.change("rollback", target.number, since, reason, bundle=bundle)
         return target, self.version(current.number)
 
     def _check_whole(self, version: Version) -> None:
@@ -302,21 +322,6 @@ class Registry:
             except ArtefactError as error:
                 self.tag(known, {DAMAGED_TAG: str(error)})
         return None
-
-    def _own_run(self, bundle: Bundle) -> str:
-        """A run for a release outside the pipeline: made once, however often it is tried."""
-        condition = f"tags.`{_RELEASE_TAG}` = '{bundle.digest}'"
-
-        def find_or_make() -> str:
-            experiment = experiment_id(self._client, self._root)
-            if found := self._client.search_runs([experiment], condition, max_results=1):
-                return str(found[0].info.run_id)
-            tags = {_RELEASE_TAG: bundle.digest}
-            made = self._client.create_run(experiment, tags=tags, run_name="release")
-            return str(made.info.run_id)
-
-        with explained(self.shown):
-            return self._ask(find_or_make)
 
     def _create_version(self, tags: Mapping[str, str], **values: Any) -> tuple[Version, bool]:
         """Once: an earlier try may have come through though its answer did not.
@@ -346,8 +351,17 @@ class Registry:
 
     def _read_back(self, base: str, digest: str) -> None:
         with tempfile.TemporaryDirectory() as scratch:
-            _download(base, Path(scratch) / "bundle")
+            download(base, Path(scratch) / "bundle")
             load_bundle(Path(scratch) / "bundle", digest=digest)
+
+    def _put_signature(self, model_id: str, bundle: Bundle) -> None:
+        """Beside the bundle of a logged model, for a bundle holds no other files."""
+        if (key := signing.signing_key()) is not None:
+            with tempfile.TemporaryDirectory() as scratch:
+                (path := Path(scratch) / signing.SIGNATURE).write_text(
+                    signing.sign(bundle.folder, key)
+                )
+                self._client.log_model_artifact(model_id, str(path))
 
     def _ensure_registered_model(self) -> None:
         try:
@@ -357,44 +371,3 @@ class Registry:
         except Exception as error:
             if code_of(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
-
-    def _log_model(self, bundle: Bundle, example: Any, run_id: str) -> Any:
-        """Log the bundle with the code that serves it, as an MLflow model of a run."""
-        import mlflow
-
-        with tempfile.TemporaryDirectory() as scratch, no_bytecode():
-            code = stage_code(Path(scratch))
-            with _inside(self._client, run_id):
-                mlflow.log_text(bundle.card, f"model_{CARD}")
-                parts = pyfunc_parts(bundle, code, Path(scratch))
-                return mlflow.pyfunc.log_model(
-                    name=self.name, **parts, code_paths=[str(code)], input_example=example
-                )
-
-
-@contextmanager
-def _inside(client: Any, run_id: str) -> Iterator[None]:
-    """Inside a run that stays open."""
-    import mlflow
-
-    with mlflow.start_run(run_id=run_id):
-        yield
-    client.update_run(run_id, status="RUNNING")
-
-
-def _download(base: str, target: Path) -> None:
-    """A logged model's bundle, and only that."""
-    from mlflow.artifacts import download_artifacts
-
-    uri = f"{base.rstrip('/')}/artifacts/{ARTEFACT}"
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            found = Path(download_artifacts(artifact_uri=uri, dst_path=scratch))
-        except Exception as error:
-            if is_absent(error):
-                raise ArtefactError(
-                    f"{uri} does not exist: it was deleted, or never whole."
-                ) from None
-            raise
-        shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(found, target, symlinks=True)

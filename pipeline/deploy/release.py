@@ -24,8 +24,10 @@ from pipeline.deploy.gate import Decision, GateConfig, decide
 from pipeline.deploy.lineage import PARENT_RUN_TAG, TRAINING_RUN_TAG, source_tags
 from pipeline.deploy.patience import UnansweredError
 from pipeline.deploy.promotions import NOBODY, LostRaceError, Standing
-from pipeline.deploy.registry import PASSED, SMOKE_TAG, Registry, Version
+from pipeline.deploy.registry import Registry
+from pipeline.deploy.signing import signing_key
 from pipeline.deploy.smoke import SmokeConfig, SmokeResult, Trial, make_trial, smoke_test
+from pipeline.deploy.versions import PASSED, SMOKE_TAG, Version
 from pipeline.engine.learner import Learner, load_learner
 from pipeline.evaluation.baselines import pixel_learner, untrained
 from pipeline.evaluation.robustness import RobustnessConfig
@@ -132,6 +134,7 @@ def deploy(
             version stays registered, tagged with the reason, and never serves.
     """
     begin = time.time()
+    signing_key()  # one that cannot be used is told of before the work
     with tempfile.TemporaryDirectory(prefix="metaloom-") as scratch:
         candidate = prepare(config, sources, Path(scratch) / "bundle")
         bundle = candidate.bundle

@@ -24,7 +24,7 @@ def say_release(context: typer.Context, as_json: AsJson = False) -> None:
 
     A record of a release can be here without the release being in the registry: another registry
     was chosen since, or its database is gone. This asks the registry and makes up for it; where
-    the release is registered it changes nothing.
+    the release is registered it changes nothing, but for signing it with METALOOM_SIGNING_KEY.
     """
     if context.invoked_subcommand is not None:
         return
@@ -41,6 +41,7 @@ def say_release(context: typer.Context, as_json: AsJson = False) -> None:
         record = deploy(config, Sources(), root=Path.cwd())
         refuse_failed_smoke(record)
     else:
+        registry.sign(known)
         record = {**record, "version": known.number, "aliases": registry.aliases()}
     if as_json:
         print(json.dumps(record, indent=2))

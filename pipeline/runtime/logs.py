@@ -58,9 +58,20 @@ def say(event: str, **values: float | str) -> None:
         text = ", ".join(
             f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items()
         )
-        print(f"{event}: {text}", file=sys.stderr)
+        _write(f"{event}: {text}")
     else:
-        print(json.dumps({"event": event, **values}), file=sys.stderr, flush=True)
+        _write(json.dumps({"event": event, **values}))
+
+
+def warn(message: str) -> None:
+    """Say that something is not as it should be, and that the work goes on."""
+    _write(f"warning: {message}")
+
+
+def _write(line: str) -> None:
+    """In one piece: other threads write, too."""
+    sys.stderr.write(line + "\n")
+    sys.stderr.flush()
 
 
 @contextmanager
@@ -108,7 +119,7 @@ class _Lines:
             "eta_seconds": None if left is None else round(left, 1),
             **{k: round(v, 5) if isinstance(v, float) else v for k, v in self._values.items()},
         }
-        print(json.dumps(record), file=sys.stderr, flush=True)
+        _write(json.dumps(record))
 
 
 @contextmanager

@@ -27,6 +27,7 @@ from pipeline.core.errors import TrainingError
 from pipeline.runtime import lineage
 from pipeline.runtime.journal import Journal, Point, read_points
 from pipeline.runtime.kept import Kept, journal_folder, stamped
+from pipeline.runtime.logs import warn
 
 FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 FLUSH_SECONDS = 90.0
@@ -206,7 +207,7 @@ class StageRun:
                 self._send(event)
             status_of_recorder = _await_end(self._recorder)
         if status_of_recorder not in {0, GAVE_UP}:
-            _warn(kept_message(self.journal, sum(1 for _ in read_points(self.journal))))
+            warn(kept_message(self.journal, sum(1 for _ in read_points(self.journal))))
         if self._kept is not None:
             self._kept.close()
 
@@ -351,7 +352,7 @@ def _start_recorder(root: Path, journal: Path) -> subprocess.Popen[bytes] | None
     missing = [name for name in ("mlflow", "psutil") if importlib.util.find_spec(name) is None]
     if missing:
         names = " and ".join(missing)
-        _warn(
+        warn(
             f"{names} not installed: runs are not recorded, only kept in {journal.parent}. "
             "Install with `pip install 'metaloom[track]'`; `metaloom upload` then sends them."
         )
@@ -386,7 +387,3 @@ def _close_quietly(pipe: IO[bytes]) -> None:
         pipe.close()
     except BrokenPipeError:
         return
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -110,6 +110,7 @@ def test_heavy_libraries_live_in_one_place() -> None:
     assert imports_of(graph, "mlflow") <= {
         "pipeline.runtime.mlflow_tracker",
         "pipeline.deploy.registry",
+        "pipeline.deploy.artefacts",
         "pipeline.deploy.mlflow_model",
     }
     assert imports_of(graph, "dvc") == set()

@@ -110,7 +110,7 @@ def test_a_registry_that_is_away_in_the_middle_is_asked_again(fleet: Fleet, fill
     whole, calls = fleet.source.fetch, []
 
     class Shaky(RegistrySource):
-        def fetch(self, ref: ModelRef, target: Path) -> Bundle:
+        def fetch(self, ref: ModelRef, target: Path, signed_by: Path | None = None) -> Bundle:
             calls.append(ref)
             if len(calls) == 1:
                 raise RegistryError("the registry does not answer.")

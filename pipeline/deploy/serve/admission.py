@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from pipeline.deploy.by_hand import FORCED_TAG, VERDICT_REASON_TAG, VERDICT_TAG
-from pipeline.deploy.registry import BUNDLE_TAG, DAMAGED_TAG, PASSED, SMOKE_TAG, WEIGHTS_TAG
+from pipeline.deploy.promotions import Record, signed_content
+from pipeline.deploy.signing import KEY_VARIABLE, is_signed_record
+from pipeline.deploy.versions import (
+    BUNDLE_TAG,
+    DAMAGED_TAG,
+    PASSED,
+    SMOKE_TAG,
+    WEIGHTS_TAG,
+    Version,
+)
 
 REFUSED_TAG = "metaloom.refused"
 LINEAGE: Mapping[str, str] = {
@@ -38,5 +48,35 @@ def refusal(tags: Mapping[str, str]) -> str | None:
         return (
             f"it has not passed the gate ({tags.get(VERDICT_REASON_TAG, 'it was not judged')}); "
             "to serve it all the same: `metaloom promote VERSION --force --reason ...`"
+        )
+    return None
+
+
+def unsigned_promotion(records: Sequence[Record], version: Version, public_key: Path) -> str | None:
+    """Why a champion may not serve where promotions must be signed; None if its own is.
+
+    Args:
+        records: those that won, in order.
+    """
+    mend = f"`{KEY_VARIABLE}=KEY.pem metaloom promote {version.number}`"
+    changes = [record for record in records if record.kind != "mend"]
+    if not changes or changes[-1].champion != version.number:
+        return f"there is no record of its promotion; promote it with a signature: {mend}"
+    last = changes[-1]
+    if not last.signature:
+        how = "it was moved by hand" if last.kind == "adopt" else f"{last.kind} by {last.by}"
+        return (
+            f"its promotion is not signed (record {last.number}: {how}) and this service is "
+            f"strict; promote it with a signature: {mend}"
+        )
+    if not is_signed_record(signed_content(last, version.name), last.signature, public_key):
+        return (
+            f"the signature of its promotion (record {last.number}) is not by the key of this "
+            f"service, or the record was altered; promote it with that key: {mend}"
+        )
+    if last.bundle != version.digest:
+        return (
+            f"its promotion (record {last.number}) was signed for another bundle, "
+            f"{last.bundle[:12]}…; look who altered version {version.number}"
         )
     return None

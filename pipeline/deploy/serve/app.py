@@ -47,6 +47,7 @@ from pipeline.deploy.serve.sources import Source
 from pipeline.deploy.serve.telling import told
 from pipeline.deploy.serve.traces import Traces
 from pipeline.deploy.serve.watch import Watch
+from pipeline.deploy.signing import read_public_key
 
 _PROBLEM_TEXTS = ("type", "title", "detail", "instance", "request_id")
 PAGE = Path(__file__).parent / "page"
@@ -66,11 +67,16 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     """The application, and the service behind it.
 
     Raises:
-        PipelineError: the database cannot be used.
+        PipelineError: the database, or the key of `signed_by`, cannot be used.
     """
     measures = Measures()
+    if (key := settings.public_key) is not None:
+        read_public_key(key)  # one that cannot be used is told of now, not at the first version
+        source = source.strict(key) if settings.strict else source
     engine = open_database(settings.database)
-    fleet = Fleet(source, Path(settings.cache), settings.rows_per_pass, settings.poll_seconds)
+    fleet = Fleet(
+        source, Path(settings.cache), settings.rows_per_pass, settings.poll_seconds, signed_by=key
+    )
     watch = Watch(settings.budget, on_spent=fleet.withdraw, on_answer=measures.judged)
     service = Service(
         settings=settings,

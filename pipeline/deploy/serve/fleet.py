@@ -14,10 +14,10 @@ import torch
 
 from pipeline.core.errors import ArtefactError, PipelineError
 from pipeline.core.files import read_json, write_json
-from pipeline.deploy.bundle import load_bundle
 from pipeline.deploy.serve.messages import ModelRef, Refused
 from pipeline.deploy.serve.model import Version
 from pipeline.deploy.serve.sources import Found, Source
+from pipeline.deploy.signing import SignatureError, open_signed
 from pipeline.runtime.logs import say
 
 Role = Literal["champion", "challenger"]
@@ -35,6 +35,8 @@ class Fleet:
     cache: Path
     rows_per_pass: int
     poll_seconds: float
+    signed_by: Path | None = None
+    """Public key; only bundles that are signed by it are loaded"""
     on_switch: Callable[[Role, Version], None] = lambda role, version: None
     refused: dict[str, Refused] = field(default_factory=dict)
     """By bundle"""
@@ -126,6 +128,8 @@ class Fleet:
             return
         try:
             version = self.version(found.ref) if why is None else None
+        except SignatureError as error:  # the same bytes may be signed before the next look
+            why, version = str(error), None
         except ArtefactError as error:
             why, version = str(error), None
             self._unfit.add(found.ref.bundle)
@@ -175,9 +179,9 @@ class Fleet:
         """From the cache, where it is whole; else from the source."""
         folder = self.cache / ref.bundle
         try:
-            bundle = load_bundle(folder, digest=ref.bundle)
+            bundle = open_signed(folder, ref.bundle, self.signed_by)
         except PipelineError:
-            bundle = self.source.fetch(ref, folder)
+            bundle = self.source.fetch(ref, folder, self.signed_by)
         version = Version(ref, bundle, self.rows_per_pass)
         try_out(version)
         return version
@@ -197,7 +201,7 @@ class Fleet:
         try:
             ref = ModelRef.model_validate(read_json(last))
             if ref.name == self.source.name:
-                bundle = load_bundle(self.cache / ref.bundle, digest=ref.bundle)
+                bundle = open_signed(self.cache / ref.bundle, ref.bundle, self.signed_by)
                 version = Version(ref, bundle, self.rows_per_pass)
                 try_out(version)
                 self._serving["champion"] = self._keep(version)

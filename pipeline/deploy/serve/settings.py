@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from pipeline.core.config import Section
 
@@ -93,7 +94,23 @@ class ServeSettings(Section):
     """Of a waiting version."""
     budget: Budget = Budget()
     """Of every version."""
+    signed_by: str | None = None
+    """Public key (PEM); only bundles that are signed by it serve. None: signatures are not looked
+    at."""
+    strict: bool = False
+    """Follow @champion only where the record of its promotion is signed by that key too."""
     limits: Limits = Limits()
     """Of one request."""
     rates: Rates = Rates()
     """Of all requests."""
+
+    @property
+    def public_key(self) -> Path | None:
+        """Where the key of `signed_by` is."""
+        return None if self.signed_by is None else Path(self.signed_by)
+
+    @model_validator(mode="after")
+    def _strict_needs_a_key(self) -> Self:
+        if self.strict and self.signed_by is None:
+            raise ValueError("strict needs signed_by, the public key that promotions are signed by")
+        return self

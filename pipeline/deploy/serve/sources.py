@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 from pipeline.core.errors import ConfigError
 from pipeline.core.files import MANIFEST, sha256_file
-from pipeline.deploy.bundle import Bundle, load_bundle
-from pipeline.deploy.serve.admission import REFUSED_TAG, refusal
+from pipeline.deploy.bundle import Bundle
+from pipeline.deploy.serve.admission import REFUSED_TAG, refusal, unsigned_promotion
 from pipeline.deploy.serve.messages import ModelRef
+from pipeline.deploy.signing import open_signed
 
 if TYPE_CHECKING:
-    from pipeline.deploy.registry import Registry, Version
+    from pipeline.deploy.registry import Registry
+    from pipeline.deploy.versions import Version
 
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
 
@@ -39,8 +41,14 @@ class Source(Protocol):
     def look(self) -> Mapping[str, Found]:
         """The versions of `champion` and `challenger` now, as far as there are any."""
 
-    def fetch(self, ref: ModelRef, target: Path) -> Bundle:
-        """A version's bundle, in a folder that may be used for it, verified."""
+    def strict(self, public_key: Path) -> Self:
+        """The same, where a champion is followed only if its promotion is signed by this key."""
+
+    def fetch(self, ref: ModelRef, target: Path, signed_by: Path | None = None) -> Bundle:
+        """A version's bundle, in a folder that may be used for it, verified.
+
+        With a public key the signature is verified too, and lies beside the bundle.
+        """
 
     def refuse(self, ref: ModelRef, why: str) -> None:
         """Leave word with the version that it may not serve."""
@@ -65,9 +73,13 @@ class FolderSource:
         digest = sha256_file(self.folder / MANIFEST) if self.folder.is_dir() else ""
         return {"champion": Found(ModelRef(name=self.name, version=None, bundle=digest), None)}
 
-    def fetch(self, ref: ModelRef, target: Path) -> Bundle:
+    def strict(self, public_key: Path) -> Self:
+        """The same: whoever started the service named this bundle."""
+        return self
+
+    def fetch(self, ref: ModelRef, target: Path, signed_by: Path | None = None) -> Bundle:
         """The bundle where it lies."""
-        return load_bundle(self.folder, digest=ref.bundle or None)
+        return open_signed(self.folder, ref.bundle or None, signed_by)
 
     def refuse(self, ref: ModelRef, why: str) -> None:
         """There is nobody to tell."""
@@ -86,6 +98,8 @@ class RegistrySource:
     """What it follows"""
     number: int | None = None
     """The one version that it serves, whatever the aliases say"""
+    promoted_by: Path | None = None
+    """Public key by which the promotion of what it follows must be signed"""
     _told: dict[int, str] = field(default_factory=dict)
 
     def look(self) -> Mapping[str, Found]:
@@ -93,11 +107,31 @@ class RegistrySource:
         registry = self._registry()
         found = {}
         if (serves := self._serves(registry)) is not None:
-            found["champion"] = serves
+            why = refusal(serves.tags) or self._not_promoted(registry, serves)
+            found["champion"] = Found(_ref(serves), why)
         number = registry.aliases().get("challenger")
         if number is not None:
-            found["challenger"] = registry.version(number)
-        return {role: _found(one) for role, one in found.items()}
+            waits = registry.version(number)
+            found["challenger"] = Found(_ref(waits), refusal(waits.tags))
+        return found
+
+    def strict(self, public_key: Path) -> Self:
+        """The same, for signed promotions alone; a version that is named by its number is served.
+
+        Raises:
+            ConfigError: it follows an alias whose moves are not recorded.
+        """
+        if self.number is None and self.alias != "champion":
+            raise ConfigError(
+                f"strict follows promotions, and those of @{self.alias} are not recorded. Serve "
+                f"models:/{self.name}@champion, or one version, models:/{self.name}/NUMBER."
+            )
+        return replace(self, promoted_by=public_key)
+
+    def _not_promoted(self, registry: Registry, serves: Version) -> str | None:
+        if self.promoted_by is None or self.number is not None:
+            return None
+        return unsigned_promotion(registry.promotions(), serves, self.promoted_by)
 
     def _serves(self, registry: Registry) -> Version | None:
         if self.number is not None:
@@ -107,11 +141,11 @@ class RegistrySource:
         number = registry.aliases().get(self.alias)
         return None if number is None else registry.version(number)
 
-    def fetch(self, ref: ModelRef, target: Path) -> Bundle:
-        """Download a version's bundle."""
+    def fetch(self, ref: ModelRef, target: Path, signed_by: Path | None = None) -> Bundle:
+        """Download a version's bundle, and its signature where that is asked for."""
         registry = self._registry()
         assert ref.version is not None
-        return registry.fetch(registry.version(ref.version), target)
+        return registry.fetch(registry.version(ref.version), target, signed_by)
 
     def refuse(self, ref: ModelRef, why: str) -> None:
         """As a tag of the version, once."""
@@ -135,9 +169,8 @@ class RegistrySource:
         return Registry(self.root, self.name)
 
 
-def _found(version: Version) -> Found:
-    ref = ModelRef(name=version.name, version=version.number, bundle=version.digest)
-    return Found(ref, refusal(version.tags))
+def _ref(version: Version) -> ModelRef:
+    return ModelRef(name=version.name, version=version.number, bundle=version.digest)
 
 
 def source_of(model: str, root: Path) -> Source:

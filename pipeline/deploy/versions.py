@@ -1,4 +1,4 @@
-"""One version of a registered model, as the registry tells of it."""
+"""A registered model version, and the tags that say what is known of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BUNDLE_TAG = "metaloom.bundle"
+BUNDLE_TAG, WEIGHTS_TAG = "metaloom.bundle", "metaloom.weights"
+SMOKE_TAG, DAMAGED_TAG = "metaloom.smoke", "metaloom.damaged"
+PASSED = "passed"
+TOKEN_TAG = "metaloom.registration"
+"""Of the attempt that made a version: tells it from another attempt at the same moment."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,6 @@ class Version:
         return f"models:/{self.name}/{self.number}"
 
 
-def version_of(name: str, found: Any) -> Version:
-    """Of MLflow's own description of one."""
+def as_version(name: str, found: Any) -> Version:
+    """What MLflow's client gives, as ours."""
     return Version(name, int(found.version), dict(found.tags), found.source, found.run_id)
