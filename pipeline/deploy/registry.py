@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ from pipeline.deploy.versions import (
     as_version,
 )
 from pipeline.runtime.mlflow_tracker import connect, shown_uri, tracking_uri
+
+_COPIED = re.compile(r"models:/([^/]+)/(\d+)")
 
 
 class Registry:
@@ -192,10 +195,11 @@ class Registry:
             return False
         with tempfile.TemporaryDirectory() as scratch, explained(self.shown):
             bundle = self.fetch(version, Path(scratch) / ARTEFACT)
-            number = str(version.number)
-            found = self._ask(lambda: self._client.get_model_version(self.name, number))
-            # Not by its source, which for a copy names the version that it was copied from.
-            self._ask(lambda: self._put_signature(found.model_id, bundle))
+            source = version.source
+            while found := _COPIED.fullmatch(source):  # a copy names the version that it is one of
+                get = partial(self._client.get_model_version, found[1], found[2])
+                source = self._ask(get).source
+            self._ask(lambda: self._put_signature(source.removeprefix("models:/"), bundle))
         return True
 
     def fetch(self, version: Version, target: Path, signed_by: Path | None = None) -> Bundle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import random
@@ -139,6 +140,25 @@ def test_the_caps_are_exact() -> None:
     small = encode(noise(1))
     assert reason_for(small, Limits(max_bytes=len(small) - 1)).startswith("more than")
     assert decode_picture(small, size=16, channels=1, limits=Limits(max_bytes=len(small)))
+
+
+def test_a_png_of_other_pixels_is_never_shown() -> None:
+    """Two to four bits flipped: Pillow shows other pixels for one in five hundred (the control)."""
+    rng = random.Random(0)
+    whole = encode(np.random.default_rng(0).integers(0, 256, (12, 12), dtype=np.uint8))
+    expected = decode_picture(whole, size=12, channels=1).pixels
+    shown_by_pillow = 0
+    for _ in range(5000):
+        content = bytearray(whole)
+        for _ in range(rng.randint(2, 4)):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        with contextlib.suppress(PictureRefused):
+            found = decode_picture(bytes(content), size=12, channels=1).pixels
+            np.testing.assert_array_equal(found, expected)
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as picture:
+            other = np.asarray(picture.convert("L"))
+            shown_by_pillow += other.shape == (12, 12) and not np.array_equal(other, expected[0])
+    assert shown_by_pillow > 0
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
