@@ -231,6 +231,10 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 5001,
     config: commands.Config = None,
+    replicas: Annotated[
+        str | None,
+        typer.Option(help="On a Ray cluster: so many replicas, or 1:4 as the load asks for."),
+    ] = None,
 ) -> None:
     """Serve a model over HTTP, with a page to try it, until Ctrl-C.
 
@@ -240,10 +244,11 @@ def serve(
 
     \b
       metaloom serve
+      metaloom serve --replicas 1:4       on the Ray cluster of RAY_ADDRESS
       metaloom keys make alice --scope read --scope write
       curl -H "Authorization: Bearer $KEY" http://127.0.0.1:5001/v1/model
     """
-    commands.serve(model or model_name(), host, port, config)
+    commands.serve(model or model_name(), host, port, config, replicas)
 
 
 app.add_typer(commands.keys, name="keys")

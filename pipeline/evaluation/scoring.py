@@ -26,6 +26,8 @@ from pipeline.tasks.frozen import FrozenEpisodes
 
 _ROWS_PER_CHUNK = 256  # fixed, so that features do not depend on the number of workers
 _EPISODES_PER_CHUNK = 64
+_SLOW_EPISODES_PER_CHUNK = 4
+"""Of those that are computed one by one: between two chunks a wish to stop is heard."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,11 @@ def score(
     cached = cache_features and caches_features(learner)
     logits = _logits(learner, store, episodes, context, features, cached=cached)
     parts = []
-    for start in range(own.start, own.stop, _EPISODES_PER_CHUNK):
+    size = _EPISODES_PER_CHUNK if cached else _SLOW_EPISODES_PER_CHUNK
+    for start in range(own.start, own.stop, size):
         if context.stopping():
             break
-        chunk = range(start, min(start + _EPISODES_PER_CHUNK, own.stop))
+        chunk = range(start, min(start + size, own.stop))
         parts.append(_best(logits(chunk), temperature))
         if advance is not None:
             advance(len(chunk))

@@ -65,7 +65,9 @@ def launch_local(job: Job, folder: Path) -> Any:
             except _RestartError as failure:
                 cause = str(failure)
                 if asked():
-                    raise StoppedError(f"stopped, as asked, while {cause}") from None
+                    raise StoppedError(
+                        f"stopped, as asked, while {cause} Run the same command again to go on."
+                    ) from None
 
 
 def prepare(job: Job, folder: Path) -> None:

@@ -35,6 +35,12 @@ from pipeline.runtime.storage import Storage, storage_from_environment
 _PASSED_ON = ("METALOOM_STORAGE", "METALOOM_TIMEOUT_SECONDS")
 """By the desk: what Ray sets for a process it writes into its logs, and a run's arguments into its
 state, which the dashboard shows."""
+_RAYS_OWN_TIMEOUTS = {
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": 5.0,
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": 30.0,
+}
+"""Of its reports and health checks, which wait for a stopped worker without end, or ten minutes:
+seconds beyond our own timeout, which names the worker."""
 _SET_EARLY = ("GLOO_", "NCCL_", "CUBLAS_")
 
 
@@ -50,6 +56,8 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
         StoppedError: this process was asked to stop, and the workers did.
     """
     prepare(job, folder)
+    for name, more in _RAYS_OWN_TIMEOUTS.items():
+        os.environ.setdefault(name, str(timeout_from_environment() + more))
     failure: list[BaseException] = []
     with ray_cluster(show_workers=True) as ray, stop_asked() as asked, _presence() as token:
         desk = open_desk(ray, job, _passed_on(os.environ))

@@ -66,7 +66,9 @@ def launch(entry: str, config: Section, *, most: int, outputs: Sequence[Path] = 
     folder = Path(tempfile.mkdtemp(dir=_FOLDER, prefix="run-"))
     with _alone_with(folder):
         result = LAUNCHERS[name](job, folder)
-    shutil.rmtree(folder)  # kept when the run failed: it holds the workers' logs
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # kept when the run failed: it holds the workers' logs
     return result
 
 

@@ -62,8 +62,8 @@ class Announcement:
 
     def _listen(self, board: Noticeboard) -> None:
         refused = None
-        with contextlib.suppress(MachineError):  # a run that goes on needs no listener
-            while self._goes_on() and self.answer is None:
+        while self._goes_on() and self.answer is None:
+            with contextlib.suppress(MachineError):  # it may answer the next time
                 self.answer = board.get("error")
                 if (latest := board.get("refused")) != refused:
                     refused = latest

@@ -25,6 +25,8 @@ from pipeline.runtime.pulse import Pulse
 
 TIMEOUT_SECONDS = 60.0
 """How long a collective waits for the slowest worker, unless METALOOM_TIMEOUT_SECONDS says else."""
+_MEETING = "METALOOM_INIT"
+"""Environment: where the workers of a group find each other; by default as torchrun has it."""
 _MAIN_WORK_SECONDS = 1800.0
 _MOST_SECONDS = 86_400.0
 
@@ -134,7 +136,10 @@ def worker_context(
     store = None
     if world_size > 1 or device.type == "cuda":
         store = _join(rank, world_size, device, sharing, timeout)
-    pulse = None if store is None else Pulse(store, rank, world_size, timeout)
+    pulse = None
+    if store is not None:
+        in_a_file = os.environ.get(_MEETING, "").startswith("file:")
+        pulse = Pulse(store, rank, world_size, timeout, None if in_a_file else 0)
     yield Context(
         rank,
         world_size,
@@ -190,7 +195,7 @@ def _join(rank: int, world_size: int, device: torch.device, sharing: int, timeou
     Raises:
         LostPeerError: not all of them came, or one went away meanwhile.
     """
-    url = os.environ.get("METALOOM_INIT", "env://")
+    url = os.environ.get(_MEETING, "env://")
     backend = backend_for(device, sharing)
     try:
         store, rank, world_size = next(rendezvous(url, rank, world_size))

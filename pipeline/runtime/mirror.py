@@ -92,7 +92,7 @@ class Mirror:
         Args:
             flush: False leaves it to the next start, which comes at once.
         """
-        if not self._thread.is_alive():
+        if self._thread.ident is None:  # it never began
             return
         self._ending.set()
         if not flush:
@@ -194,7 +194,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200]
+    return str(error).partition("\n")[0][:200] or type(error).__name__
 
 
 def upload_checkpoints(root: Path) -> list[str]:

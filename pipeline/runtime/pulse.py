@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from torch.distributed import DistNetworkError
 from torch.distributed.distributed_c10d import Store
 
 from pipeline.runtime.faults import HungPeerError
 
 _POLL_SECONDS = 0.25
-_MOST_SECONDS_BETWEEN_BEATS = 5.0
+_MOST_SECONDS_BETWEEN_BEATS, _LOOK_SECONDS = 2.0, 0.5
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.002, 0.05
 _PATIENCE_SECONDS = 1.0
 _STORE_PATIENCE_SECONDS = 3.0
@@ -32,15 +33,21 @@ class Pulse:
 
     Args:
         timeout_seconds: a worker without a heartbeat for so long is given up.
+        store_is_with: the worker in whose process the store is; None where it is a file.
     """
 
     def __init__(
-        self, store: Store, rank: int, world_size: int, timeout_seconds: float = 60.0
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        timeout_seconds: float = 60.0,
+        store_is_with: int | None = 0,
     ) -> None:
         self.step = 0
         """How far this worker is."""
         self._store, self._rank, self._world_size = store, rank, world_size
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds, self._store_is_with = timeout_seconds, store_is_with
         self._between_beats = min(_MOST_SECONDS_BETWEEN_BEATS, timeout_seconds / 8)
         self._ended = threading.Event()
         self._answered = threading.Lock()
@@ -65,7 +72,7 @@ class Pulse:
         asker = threading.Thread(target=self._ask, args=(arrived, seen), daemon=True, name="wait")
         asker.start()
         deadline = time.monotonic() + most_seconds
-        while not seen.ended.wait(self._between_beats):
+        while not seen.ended.wait(min(_LOOK_SECONDS, self._between_beats)):
             if (quiet := seen.seconds_of_silence()) > self._timeout_seconds:
                 seen.given_up = True
                 why = f"no sign of life for {quiet:.3g} s"
@@ -92,9 +99,14 @@ class Pulse:
         seen.ended.set()
 
     def _look(self, seen: _Seen) -> None:
-        for rank in range(self._world_size):
-            if self._store.check([f"beat-{rank}"]):
-                seen.hear(rank, self._store.get(f"beat-{rank}"))
+        keys = [f"beat-{rank}" for rank in range(self._world_size)]
+        if self._store.check(keys):
+            for rank, beat in enumerate(self._store.multi_get(keys)):
+                seen.hear(rank, beat)
+            return
+        for rank, key in enumerate(keys):  # somebody's heart has not beaten yet
+            if self._store.check([key]):
+                seen.hear(rank, self._store.get(key))
 
     def roll_call(self) -> str:
         """Who does not answer, and else who is behind; soon, whatever the store does."""
@@ -107,7 +119,11 @@ class Pulse:
         caller = threading.Thread(target=call, daemon=True, name="roll call")
         caller.start()
         caller.join(_STORE_PATIENCE_SECONDS)
-        return found[0] if found else "worker 0 does not answer: stopped, or the machine is gone"
+        if found:
+            return found[0]
+        if self._store_is_with in (None, self._rank):
+            return "the store by which the workers meet does not answer"
+        return f"{_workers([self._store_is_with])} not answer: stopped, or the machine is gone"
 
     def _call(self) -> str:
         self._answer()
@@ -135,8 +151,10 @@ class Pulse:
                     beats, next_beat = beats + 1, time.monotonic() + self._between_beats
                     self._store.set(f"beat-{self._rank}", str(beats))
                 called = self._store.check(["roll-call"])
-            except RuntimeError:  # the store's host is gone: whoever trains will hear of it
+            except DistNetworkError:  # the store's host is gone: whoever trains will hear of it
                 return
+            except RuntimeError:  # a full disk, for a while
+                continue
             if called:
                 self._answer()
                 return

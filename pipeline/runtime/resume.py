@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.core.errors import PipelineError, StorageError
+from pipeline.core.errors import PipelineError, StorageError, TrainingError
 from pipeline.runtime.checkpoint import (
     Checkpoint,
     clear_checkpoints,
@@ -55,6 +55,8 @@ class Keeper:
         if self._mirror is not None:
             # After a fault the workers are started again, and that should not wait for a store.
             self._mirror.close(flush=kind is None or issubclass(kind, PipelineError))
+        if kind is TrainingError:  # a guard's, by every worker: none ends the run before the upload
+            self._context.wait_for_main("last upload")
 
     def resume(self) -> Checkpoint | None:
         """The newest good checkpoint that any host, or the store, has; on every worker.
@@ -68,7 +70,7 @@ class Keeper:
         if self._mirror is not None:
             self._mirror.fetch_newer(newest_step(self._folder))
             self._mirror.start()
-        self._context.wait_for_main("download")
+        self._context.wait_for_all("download")
         barrier()
         own = [newest_step(self._folder), newest_digest(self._folder)]
         row = torch.tensor([own], device=self._context.device)

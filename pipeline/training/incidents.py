@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from pipeline.core.config import Section
 from pipeline.core.files import new_folder, write_json
 from pipeline.engine.meta_gradient import Engine
 from pipeline.engine.runner import Runner
+from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context, fingerprint
 from pipeline.runtime.lineage import code_hash, code_root, content_hash
 from pipeline.runtime.logs import say
@@ -100,8 +102,13 @@ class Incidents(NamedTuple):
         """
         target = self.folder / f"step-{found.step:08d}-{found.position:08d}"
         kept = found.model_copy(update={"kept": target})
-        if not context.is_main:
-            return kept
+        sealed = context.is_main and self._seal(target, kept, vector)
+        context.wait_for_all("incident")  # or the others would end the run meanwhile
+        told = torch.tensor([float(sealed)], device=context.device)
+        there = bool(gather_shares(told, context.world_size, context).any())
+        return kept if there else found
+
+    def _seal(self, target: Path, kept: Incident, vector: Tensor) -> bool:
         record = self._record(kept).model_dump(mode="json")
         try:
             with new_folder(target, kind=KIND) as building:
@@ -110,8 +117,8 @@ class Incidents(NamedTuple):
                 write_json(building / RECORD, record)
         except OSError as error:  # what is kept for later must not stop the run
             say("incident not kept", folder=str(target), why=str(error))
-            return found
-        return kept
+            return False
+        return True
 
     def _record(self, found: Incident) -> IncidentRecord:
         kind = type(self.job)

@@ -172,6 +172,7 @@ def _checkpointed(
     check_agreement(tensors, state.progress.step, context)
     told = [asdict(point) for point in recent]
     keeper.save(state.progress.step, tensors, {**values, _TOLD: told})
+    context.wait_for_all("checkpoint")  # one disk may be slower than the timeout of an exchange
     return log.flush(state.progress.step)
 
 

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.core.errors import TrainingError
+from pipeline.core.files import verify
 from pipeline.launch.base import Job, Launcher
-from tests.distributed.broken import Hang
+from pipeline.launch.local import launch_local
+from pipeline.store.reader import Store
+from tests.distributed.broken import Hang, Slow
+from tests.distributed.small_run import make_job
 
 TIMEOUT_SECONDS = "3"
 _CLUSTER, _SLOW = pytest.mark.cluster, pytest.mark.slow
@@ -41,3 +46,47 @@ def test_a_worker_that_never_comes_is_named_and_all_start_again(
     logs = [log.read_text() for log in tmp_path.rglob("drive.log")]  # Ray's driver has its own
     told = " ".join([capfd.readouterr().err, *logs])
     assert f"worker {rank} does not answer" in told
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize(
+    ("what", "waits"),
+    [
+        ("checkpoints", True),
+        ("checkpoints", False),
+        ("validation", True),
+        pytest.param("validation", False, marks=_SLOW),
+    ],
+)
+def test_long_work_of_one_worker_is_no_hang(
+    what: str,
+    waits: bool,
+    blob_store: Store,
+    blob_tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice as long as an exchange may take; without the waits it would be taken for one."""
+    monkeypatch.setenv("METALOOM_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
+    job = make_job(tmp_path, blob_store, blob_tasks, num_steps=4, checkpoint_every=3)
+    rank = 0 if what == "checkpoints" else 1
+    plan = Slow(job=job, rank=rank, seconds=6.0, what=what, waits=waits)
+    launched = Job("tests.distributed.broken:slowed", plan, 2)
+    if waits:
+        assert launch_local(launched, tmp_path / "launch")["steps"] == 4
+    else:
+        with pytest.raises(TrainingError, match=f"worker {rank} does not|no answer within"):
+            launch_local(launched, tmp_path / "launch")
+
+
+@pytest.mark.timeout(240)
+def test_an_incident_is_kept_before_the_run_ends(
+    blob_store: Store, blob_tasks: Path, tmp_path: Path
+) -> None:
+    """The main worker takes a second to keep it; the other one raises the same error meanwhile."""
+    job = make_job(tmp_path, blob_store, blob_tasks, spike_factor=1.01, on_spike="stop")
+    plan = Slow(job=job, rank=0, seconds=1.0, what="incident")
+    with pytest.raises(TrainingError, match="metaloom replay ") as caught:
+        launch_local(Job("tests.distributed.broken:slowed", plan, 2), tmp_path / "launch")
+    kept = Path(str(caught.value).rpartition("metaloom replay ")[2])
+    assert verify(kept)["kind"] == "incident"

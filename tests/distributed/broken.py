@@ -18,6 +18,7 @@ from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context
 from pipeline.store.reader import Store
 from pipeline.training import loop, meta_train
+from pipeline.training.incidents import Incidents
 from pipeline.training.loop import OuterConfig
 from pipeline.training.meta_train import MetaTrainJob, run
 from pipeline.training.programs import MetaTraining
@@ -94,7 +95,9 @@ class Slow(Section):
     rank: int
     seconds: float
     what: str
-    """`compute`, `data`, `checkpoints` or `validation`"""
+    """`compute`, `data`, `checkpoints`, `validation` or `incident`"""
+    waits: bool = True
+    """False: the others go on into the next exchange"""
 
 
 _PLACES: dict[str, tuple[Any, str]] = {
@@ -102,11 +105,14 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "data": (Store, "gather"),
     "checkpoints": (resume, "save_checkpoint"),
     "validation": (scoring, "_best"),
+    "incident": (Incidents, "_record"),
 }
 
 
 def slowed(plan: Slow, context: Context) -> dict[str, Any]:
     """Train beside a worker whose processor, or whose disk, is slow."""
+    if not plan.waits:
+        Context.wait_for_all = lambda self, what: None
     if context.rank == plan.rank:
         owner, name = _PLACES[plan.what]
         quick = getattr(owner, name)

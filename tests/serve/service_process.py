@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -44,10 +45,16 @@ class ServiceProcess:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def start(self, *, ready: bool = True, environment: dict[str, str] | None = None) -> float:
-        """Start it; returns the seconds until it was ready."""
+    def start(
+        self,
+        *more: str,
+        ready: bool = True,
+        environment: dict[str, str] | None = None,
+    ) -> float:
+        """Start it, with more arguments if need be; returns the seconds until it was ready."""
         begin = time.monotonic()
         arguments = ["serve", self.model, "--port", str(self.port), "--config", str(self.config)]
+        arguments += more
         path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
@@ -69,7 +76,9 @@ class ServiceProcess:
             with urllib.request.urlopen(f"{self.url}/readyz", timeout=10) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
-            return error.code, json.load(error)
+            with contextlib.suppress(ValueError):  # a proxy before it may not know it yet
+                return error.code, json.load(error)
+            return error.code, {}
         except OSError:
             return 0, {}
 

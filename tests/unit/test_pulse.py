@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch.distributed import FileStore, HashStore, TCPStore
@@ -103,6 +107,43 @@ def test_a_wait_lasts_as_long_as_all_live_and_has_an_end(
     said = r"no sign of life" if guarded else r"not done within 6 s"
     with pytest.raises(HungPeerError, match=f"{said}.*worker 1 does not answer"):
         ours.wait(lambda: False, "waiting", 6.0)
+
+
+@pytest.mark.timeout(60)
+def test_nobody_is_named_for_a_store_that_is_nobodys(tmp_path: Path) -> None:
+    """A file whose lock somebody else holds: each worker would name the first, who lives."""
+    store = FileStore(str(tmp_path / "store"), 2)
+    pulse = Pulse(store, 0, 2, 1.0, store_is_with=None)
+    with (tmp_path / "store").open("rb+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        said = pulse.roll_call()
+        fcntl.flock(other, fcntl.LOCK_UN)
+    assert said == "the store by which the workers meet does not answer"
+
+
+@pytest.mark.timeout(60)
+def test_hearts_beat_on_after_an_error_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As from a disk that is full for a while."""
+    store = HashStore()
+    failing = threading.Event()
+
+    class Shaky:
+        def set(self, key: str, value: str) -> None:
+            if failing.is_set():
+                raise RuntimeError("no space left on device")
+            store.set(key, value)
+
+        def check(self, keys: list[str]) -> bool:
+            return bool(store.check(keys))
+
+    shaky: Any = Shaky()
+    failing.set()
+    Pulse(shaky, 1, 2, 1.0)
+    ours = Pulse(store, 0, 2, 1.0)
+    time.sleep(0.5)
+    failing.clear()
+    with pytest.raises(HungPeerError, match="not done within 3 s"):
+        ours.wait(lambda: False, "waiting", 3.0)
 
 
 @pytest.mark.timeout(60)

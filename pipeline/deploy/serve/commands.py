@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.core.config import load_section
-from pipeline.core.errors import MachineError
+from pipeline.core.errors import ConfigError, MachineError
 from pipeline.deploy.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -36,9 +36,15 @@ keys = typer.Typer(
 )
 
 
-def serve(model: str, host: str, port: int, config: Path | None) -> None:
+def serve(model: str, host: str, port: int, config: Path | None, replicas: str | None) -> None:
     """Serve a model until SIGTERM or Ctrl-C."""
     _require_extra()
+    if replicas is not None:
+        from pipeline.deploy.serve.ray_serve import Replicas, serve_on_ray
+
+        number = Replicas(*_bounds(replicas))
+        serve_on_ray(model, settings_from(config), host, port, number)
+        return
     from pipeline.deploy.serve.app import build_app
     from pipeline.deploy.serve.server import run
     from pipeline.deploy.serve.sources import source_of
@@ -51,6 +57,24 @@ def serve(model: str, host: str, port: int, config: Path | None) -> None:
     else:
         print(f"{model} on {address} (keys: `metaloom keys make`)", flush=True)
     run(app, service, host, port)
+
+
+def _bounds(text: str) -> tuple[int, int]:
+    """`4` as (4, 4), `2:4` as (2, 4).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    low, colon, high = text.partition(":")
+    numbers = [
+        int(part) if part.isdecimal() and len(part) < 5 else 0 for part in (low, high or low)
+    ]
+    if not 1 <= numbers[0] <= numbers[1] or (colon and not high):
+        raise ConfigError(
+            f"--replicas is {text!r}. Write a number, or two with a colon between them (1:4: from "
+            "1 to 4, as the load asks for)."
+        )
+    return numbers[0], numbers[1]
 
 
 def settings_from(config: Path | None) -> ServeSettings:

@@ -57,6 +57,7 @@ class Desk:
     _queue: queue.SimpleQueue[_Ticket | None] = field(default_factory=queue.SimpleQueue)
     _held: _Ticket | None = None
     _ending: bool = False
+    _thread: threading.Thread | None = None
     _waiting: int = 0
 
     def start(self) -> None:
@@ -67,7 +68,13 @@ class Desk:
     def stop(self) -> None:
         """Finish what waits, then end."""
         self._queue.put(None)
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def works(self) -> bool:
+        """Whether its thread is there, or has yet to be started."""
+        return self._thread is None or self._thread.is_alive()
 
     @property
     def waiting(self) -> int:

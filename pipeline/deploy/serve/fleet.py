@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -22,7 +24,7 @@ from pipeline.runtime.logs import say
 
 Role = Literal["champion", "challenger"]
 _ROLES: tuple[Role, ...] = ("champion", "challenger")
-_LAST = "last.json"
+_LAST, _LOCK = "last.json", ".lock"
 _KEPT_VERSIONS = 8
 _TRIAL_SHOTS = 3
 
@@ -178,13 +180,22 @@ class Fleet:
     def _load(self, ref: ModelRef) -> Version:
         """From the cache, where it is whole; else from the source."""
         folder = self.cache / ref.bundle
-        try:
-            bundle = open_signed(folder, ref.bundle, self.signed_by)
-        except PipelineError:
-            bundle = self.source.fetch(ref, folder, self.signed_by)
+        with self._alone():
+            try:
+                bundle = open_signed(folder, ref.bundle, self.signed_by)
+            except PipelineError:
+                bundle = self.source.fetch(ref, folder, self.signed_by)
         version = Version(ref, bundle, self.rows_per_pass)
         try_out(version)
         return version
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """In the cache, which replicas of one machine share."""
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with (self.cache / _LOCK).open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _keep(self, version: Version) -> Version:
         self._loaded[version.ref.bundle] = version
