@@ -44,11 +44,13 @@ def serve_on_ray(
         MachineError: Ray is not installed, there is no such cluster, or no replica could start.
     """
     ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    with ray_cluster(show_workers=False), deployed(model, settings, host, port, replicas):
-        print(f"{model} on http://{host}:{port}/ ({replicas.least} to {replicas.most} replicas)")
-        ended.wait()
+    with ray_cluster(show_workers=False):
+        for number in (signal.SIGTERM, signal.SIGINT):  # now, for Ray sets its own when it begins
+            signal.signal(number, lambda *_: ended.set())
+        with deployed(model, settings, host, port, replicas):
+            many = f"{replicas.least} to {replicas.most} replicas"
+            print(f"{model} on http://{host}:{port}/ ({many}; Ctrl-C ends)", flush=True)
+            ended.wait()
 
 
 @contextmanager
