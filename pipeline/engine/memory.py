@@ -14,6 +14,9 @@ from pipeline.core.functional import Model
 from pipeline.core.types import Params, Statistics, Task
 from pipeline.runtime.context import Context, default_num_workers
 
+_NO_MEMORY = ("can't allocate memory", "could not create a primitive")
+"""What PyTorch's allocator for CPUs says, and oneDNN, which gives no other reason."""
+
 
 class _Ledger:
     """Storages that graphs hold on to, each counted once, now and at most."""
@@ -116,4 +119,5 @@ def _bytes_of_machine() -> int:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocator refused: a GPU's by its own class, the CPU's by its text alone."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    told = str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in told for sign in _NO_MEMORY)
