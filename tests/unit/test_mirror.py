@@ -156,6 +156,27 @@ def test_a_store_that_answers_again_gets_what_it_missed(
     assert "takes no checkpoint" in said and "did not take the last" not in said
 
 
+def test_an_error_without_words_is_no_end_of_the_uploads(
+    remote: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever a store's client raises, and however little it says."""
+    folder, storage, tries = tmp_path / "run", Storage(remote.as_uri()), itertools.count()
+    put = storage.put
+
+    def refuse_once(*arguments: Any) -> None:
+        if not next(tries):
+            raise MemoryError
+        put(*arguments)
+
+    storage.put = refuse_once  # type: ignore[method-assign]
+    save(folder, 5)
+    uploads = Mirror(folder, storage)
+    uploads.start()
+    wait_until(remote / "checkpoints" / "run" / "step-00000005" / MANIFEST)
+    uploads.close()
+    assert "takes no checkpoint (MemoryError)" in capsys.readouterr().err
+
+
 def test_after_a_fault_nobody_waits_for_a_store(
     remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
