@@ -58,13 +58,19 @@ def test_every_worker_runs_the_entry_with_one_thread(launcher: Launcher, tmp_pat
     assert len({pid for _, _, pid in workers} - {os.getpid()}) == num_workers
 
 
-@every_launcher
+FAILURES = [
+    (1, "user error", DataError, r"^rank 1 met bad data\. Mend it\.$"),
+    (1, "bug", TrainingError, r"worker 1 ended.*ZeroDivisionError: a mistake of ours"),
+    (0, "kill", TrainingError, r"worker 0 (was killed|died).*Run the same command again"),
+]
+RAY = [[pytest.mark.cluster], [pytest.mark.cluster, pytest.mark.slow], [pytest.mark.cluster]]
+
+
 @pytest.mark.parametrize(
-    ("rank", "what", "kind", "expected"),
+    ("name", "rank", "what", "kind", "expected"),
     [
-        (1, "user error", DataError, r"^rank 1 met bad data\. Mend it\.$"),
-        (1, "bug", TrainingError, r"worker 1 ended.*ZeroDivisionError: a mistake of ours"),
-        (0, "kill", TrainingError, r"worker 0 (was killed|died).*Run the same command again"),
+        *((name, *failure) for name in ("local", "torchrun") for failure in FAILURES),
+        *(pytest.param("ray_train", *f, marks=m) for f, m in zip(FAILURES, RAY, strict=True)),
     ],
 )
 def test_a_failure_names_its_worker_and_stops_the_others(
