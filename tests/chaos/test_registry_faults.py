@@ -140,6 +140,7 @@ def try_register(proxy: Hostile, server: Server, bundle: Bundle, tmp_path: Path,
     return Try(progress, good and whole, seconds=seconds)
 
 
+@pytest.mark.slow
 def test_postgresql_restarted_during_a_registration(
     campaign: Callable[[str], Campaign],
     proxy: Hostile,
