@@ -52,11 +52,11 @@ def say_release(context: typer.Context, as_json: AsJson = False) -> None:
 
 @release.command()
 def status(model: Model = None, config: commands.Config = None, as_json: AsJson = False) -> None:
-    """Show what every running service serves, how that does, and what the registry wants.
+    """Show what every service serves, and how that does.
 
-    Services tell of themselves in their database at every look at the registry (`poll_seconds`);
-    name the file that they were started with by --config. `agrees` is the share of queries that
-    the challenger answered in the shadow with the champion's label.
+    Beside it, what the registry wants. Services tell of themselves in their database at every look
+    at the registry (`poll_seconds`); name the file that they were started with by --config. "agrees"
+    is the share of queries that the challenger answered in the shadow with the champion's label.
     """
     from pipeline.deploy.registry import Registry
 
