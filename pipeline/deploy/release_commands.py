@@ -55,7 +55,7 @@ def status(model: Model = None, config: commands.Config = None, as_json: AsJson 
     """Show what every service serves, and how that does.
 
     Beside it, what the registry wants. Services tell of themselves in their database at every look
-    at the registry (`poll_seconds`); name the file that they were started with by --config. "agrees"
+    at the registry (`poll_seconds`); name the file that they were started with by --config. agrees
     is the share of queries that the challenger answered in the shadow with the champion's label.
     """
     from pipeline.deploy.registry import Registry
