@@ -202,12 +202,11 @@ def _wait(workers: list[subprocess.Popen[bytes]], folder: Path, asked: Callable[
 def _stopped(folder: Path, asked: bool) -> None:
     if not asked:
         raise _RestartError("a worker was asked to stop, and this process was not")
-    raise stopped_as_asked(folder)
+    raise stopped_as_asked(progress_in(folder))
 
 
-def stopped_as_asked(folder: Path) -> StoppedError:
-    """The error of a run whose workers have stopped because they were asked to."""
-    step = progress_in(folder)
+def stopped_as_asked(step: int) -> StoppedError:
+    """The error of a run whose workers stopped at this checkpoint because they were asked to."""
     where = f"behind the checkpoint of step {step}" if step else "before the first step"
     return StoppedError(f"stopped {where}, as asked. Run the same command again to go on.")
 

@@ -14,13 +14,13 @@ from pipeline.core.errors import MachineError
 from pipeline.core.ray_cluster import knock
 from pipeline.launch.attempts import Attempts
 from pipeline.launch.base import Job
+from pipeline.launch.local import STOP_SECONDS
 from pipeline.runtime.logs import say
 
 _POLL_SECONDS = 0.25
 _KNOCK_SECONDS = 5.0
 _ANSWER_SECONDS = 10.0
 _ABORT_SECONDS = 10.0
-_STOP_SECONDS = 60.0
 _RECONNECT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 
 
@@ -177,7 +177,7 @@ def _watch(
             for step, why in told.restarts[said:]:
                 say("restart", step=step, why=why)
             said, failed = len(told.restarts), told.error is not None
-        if gone.is_set() or failed or (stopping and now - stopping > _STOP_SECONDS):
+        if gone.is_set() or failed or (stopping and now - stopping > STOP_SECONDS):
             _give_up(ended, 1.0 if gone.is_set() else _ABORT_SECONDS)
             return
 

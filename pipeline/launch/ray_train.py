@@ -20,14 +20,13 @@ from pipeline.core import errors
 from pipeline.core.errors import (
     ConfigError,
     PipelineError,
-    StoppedError,
     StorageError,
     TrainingError,
 )
 from pipeline.core.files import fsync_folder, write_bytes
 from pipeline.core.ray_cluster import ray_cluster
 from pipeline.launch.base import Job
-from pipeline.launch.local import WORKER_ENVIRONMENT, prepare, stop_asked
+from pipeline.launch.local import WORKER_ENVIRONMENT, prepare, stop_asked, stopped_as_asked
 from pipeline.launch.ray_desk import ask, open_desk, watched, went_away
 from pipeline.runtime.context import timeout_from_environment
 from pipeline.runtime.storage import Storage, storage_from_environment
@@ -74,10 +73,7 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
     stopping = asked()
     _raise_what_is_told(told.error)
     if told.result is None and stopping:
-        raise StoppedError(
-            f"stopped behind the checkpoint of step {told.progress}, as asked. Run the same "
-            "command again to go on."
-        )
+        raise stopped_as_asked(told.progress)
     if told.result is None and (not failure or isinstance(failure[0], SystemExit)):
         raise KeyboardInterrupt
     if told.result is None:

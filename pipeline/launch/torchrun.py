@@ -28,6 +28,7 @@ from pipeline.launch.local import (
     did_not_stop,
     final_error,
     prepare,
+    progress_in,
     stop_asked,
     stopped_as_asked,
 )
@@ -245,7 +246,7 @@ def _wait(
         raise error
     if told_since:
         heard = (folder / HEARD).exists() or not (folder / STARTS).exists()
-        raise stopped_as_asked(folder) if heard else did_not_stop(folder, STOP_SECONDS)
+        raise stopped_as_asked(progress_in(folder)) if heard else did_not_stop(folder, STOP_SECONDS)
     if agent.returncode:
         raise _failed(agent.returncode, folder, story, alone=board is None)
 

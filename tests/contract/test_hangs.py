@@ -10,6 +10,7 @@ from pipeline.core.errors import TrainingError
 from pipeline.core.files import verify
 from pipeline.launch.base import Job, Launcher
 from pipeline.launch.local import launch_local
+from pipeline.runtime.checkpoint import newest_step
 from pipeline.store.reader import Store
 from tests.distributed.broken import Hang, Slow
 from tests.distributed.small_run import make_job
@@ -90,3 +91,18 @@ def test_an_incident_is_kept_before_the_run_ends(
         launch_local(Job("tests.distributed.broken:slowed", plan, 2), tmp_path / "launch")
     kept = Path(str(caught.value).rpartition("metaloom replay ")[2])
     assert verify(kept)["kind"] == "incident"
+
+
+@pytest.mark.timeout(240)
+def test_the_last_checkpoint_is_uploaded_before_a_guard_ends_the_run(
+    blob_store: Store, blob_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main worker's upload takes two seconds; the other one raises the same error meanwhile."""
+    monkeypatch.setenv("METALOOM_STORAGE", (tmp_path / "store").as_uri())
+    job = make_job(tmp_path, blob_store, blob_tasks, spike_factor=1.01, on_spike="stop")
+    plan = Slow(job=job, rank=0, seconds=2.0, what="uploads")
+    with pytest.raises(TrainingError, match="metaloom replay "):
+        launch_local(Job("tests.distributed.broken:slowed", plan, 2), tmp_path / "launch")
+    kept = newest_step(job.checkpoints)
+    stored = tmp_path / "store" / "checkpoints" / job.checkpoints.name
+    assert kept and newest_step(stored) == kept

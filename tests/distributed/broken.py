@@ -16,6 +16,7 @@ from pipeline.evaluation import scoring
 from pipeline.runtime import resume
 from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context
+from pipeline.runtime.storage import Storage
 from pipeline.store.reader import Store
 from pipeline.training import loop, meta_train
 from pipeline.training.incidents import Incidents
@@ -95,7 +96,7 @@ class Slow(Section):
     rank: int
     seconds: float
     what: str
-    """`compute`, `data`, `checkpoints`, `validation` or `incident`"""
+    """`compute`, `data`, `checkpoints`, `validation`, `incident` or `uploads`"""
     waits: bool = True
     """False: the others go on into the next exchange"""
 
@@ -106,6 +107,7 @@ _PLACES: dict[str, tuple[Any, str]] = {
     "checkpoints": (resume, "save_checkpoint"),
     "validation": (scoring, "_best"),
     "incident": (Incidents, "_record"),
+    "uploads": (Storage, "put"),
 }
 
 
