@@ -124,7 +124,15 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     _add_health(app, service, measures)
     _add_page(app)
     _describe_problems(app)
-    return Guard(app, service.keys, settings, service.traces, on_answer=measures.answered), service
+    guard = Guard(
+        app,
+        service.keys,
+        settings,
+        service.traces,
+        on_answer=measures.answered,
+        check_room=service.desk.check_room,
+    )
+    return guard, service
 
 
 def _caller(scope: str) -> Callable[[Request], Awaitable[Caller]]:

@@ -7,7 +7,6 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,9 +36,21 @@ class _Ticket:
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
 
-    def resolve(self, settle: Callable[[], None]) -> None:
-        """Settle the future where it lives, unless its client has gone."""
-        self.loop.call_soon_threadsafe(lambda: None if self.future.done() else settle())
+
+@dataclass(frozen=True)
+class _Outcome:
+    future: asyncio.Future[Any]
+    result: Any = None
+    error: Exception | None = None
+
+    def settle(self) -> None:
+        """Where the future lives, unless its client has gone."""
+        if self.future.done():
+            return
+        if self.error is not None:
+            self.future.set_exception(self.error)
+        else:
+            self.future.set_result(self.result)
 
 
 @dataclass
@@ -81,15 +92,19 @@ class Desk:
         """Jobs that wait or are being done."""
         return self._waiting
 
+    def check_room(self) -> None:
+        """Raises Problem 503: too many jobs wait."""
+        if self._waiting >= self.most_waiting:
+            detail = f"the model is busy: {self._waiting} requests wait. Try again in a moment."
+            raise Problem(503, detail, retry_after=_RETRY_SECONDS)
+
     async def do(self, job: Job) -> Any:
         """What the job's `finish` returns or raises.
 
         Raises:
             Problem: 503, too many jobs wait.
         """
-        if self._waiting >= self.most_waiting:
-            detail = f"the model is busy: {self._waiting} requests wait. Try again in a moment."
-            raise Problem(503, detail, retry_after=_RETRY_SECONDS)
+        self.check_room()
         loop = asyncio.get_running_loop()
         ticket = _Ticket(job, loop, loop.create_future())
         self._waiting += 1
@@ -124,6 +139,17 @@ class Desk:
         return together
 
     def _do(self, together: list[_Ticket]) -> None:
+        """All are told at once: an event loop that is woken for each of them takes the interpreter
+        away from the others' work (2.7 ms a job instead of 0.3, two cores)."""
+        outcomes = self._outcomes(together)
+
+        def settle() -> None:
+            for outcome in outcomes:
+                outcome.settle()
+
+        together[0].loop.call_soon_threadsafe(settle)
+
+    def _outcomes(self, together: list[_Ticket]) -> list[_Outcome]:
         version = together[0].job.version
         sizes = [len(ticket.job.pictures) for ticket in together]
         self.on_pass(sum(sizes))
@@ -133,20 +159,13 @@ class Desk:
                 with torch.no_grad():
                     every = version.embed(np.concatenate([one.job.pictures for one in together]))
                 features = torch.split(every, sizes)
-            except Exception as error:
-                for ticket in together:
-                    self._fail(ticket, error)
-                return
-        for ticket, own in zip(together, features, strict=True):
-            self._settle(ticket, partial(ticket.job.finish, own))
+            except Exception as error:  # the clients are told; the desk goes on
+                return [_Outcome(ticket.future, error=error) for ticket in together]
+        return [_finished(ticket, own) for ticket, own in zip(together, features, strict=True)]
 
-    def _settle(self, ticket: _Ticket, compute: Callable[[], Any]) -> None:
-        try:
-            result = compute()
-        except Exception as error:  # the client is told; the desk goes on
-            self._fail(ticket, error)
-            return
-        ticket.resolve(lambda: ticket.future.set_result(result))
 
-    def _fail(self, ticket: _Ticket, error: Exception) -> None:
-        ticket.resolve(lambda: ticket.future.set_exception(error))
+def _finished(ticket: _Ticket, features: Tensor | None) -> _Outcome:
+    try:
+        return _Outcome(ticket.future, ticket.job.finish(features))
+    except Exception as error:  # this client is told; the others have their answers
+        return _Outcome(ticket.future, error=error)

@@ -63,6 +63,8 @@ class Guard:
     settings: ServeSettings
     traces: Traces
     on_answer: Callable[[str, int, float], None] = lambda route, status, seconds: None
+    check_room: Callable[[], None] = lambda: None
+    """Raises a Problem where work cannot be taken; asked before a body is read into pictures."""
     _accounts: dict[str, _Account] = field(default_factory=dict)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -101,6 +103,8 @@ class Guard:
         caller = scope["caller"] = await self._caller(headers)
         with self._admitted(caller.key):
             body = await self._body(headers, receive)
+            if scope["method"] == "POST":
+                self.check_room()
             limit = self.settings.rates.answer_seconds
             try:
                 await asyncio.wait_for(self.app(scope, _replay(body, receive), send), limit)

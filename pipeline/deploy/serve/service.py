@@ -159,8 +159,7 @@ class Service:
         )
 
         async def by(version: Version) -> tuple[Ready, Answers]:
-            examples = await self._decoded(version, support, "support")
-            pictures = await self._decoded(version, queries, "queries")
+            examples, pictures = await self._decoded(version, support=support, queries=queries)
             finish = partial(_learn_and_answer, kept, version, examples, pictures)
             job = Job(version, np.concatenate([examples, pictures]), finish)
             found: tuple[Ready, Answers] = await self._done(job)
@@ -298,23 +297,27 @@ class Service:
             self._ready.popitem(last=False)
 
     async def _learn(self, version: Version, kept: Kept, items: Sequence[Item]) -> Ready:
-        pictures = await self._decoded(version, items, "support")
+        (pictures,) = await self._decoded(version, support=items)
         finish = partial(version.learn, pictures, kept.targets, len(kept.classes))
         ready: Ready = await self._done(Job(version, pictures, finish))
         return ready
 
     async def _answer(self, version: Version, ready: Ready, queries: Sequence[Input]) -> Answers:
-        pictures = await self._decoded(version, items_of(queries, "queries"), "queries")
+        (pictures,) = await self._decoded(version, queries=items_of(queries, "queries"))
         job = Job(version, pictures, partial(version.answer, ready, pictures))
         answers: Answers = await self._done(job)
         return answers
 
-    async def _decoded(self, version: Version, items: Sequence[Item], place: str) -> Pictures:
+    async def _decoded(self, version: Version, **places: Sequence[Item]) -> list[Pictures]:
+        """The pictures of each place, in one visit to the threads that decode."""
         shape, limits = version.learner.preprocessing.image_shape, self.settings.limits
         loop = asyncio.get_running_loop()
-        with self.traces.part("decode", pictures=len(items)):
-            wanted = partial(decode, items, shape, limits, place)
-            return await loop.run_in_executor(self._decoders, wanted)
+
+        def decode_all() -> list[Pictures]:
+            return [decode(items, shape, limits, place) for place, items in places.items()]
+
+        with self.traces.part("decode", pictures=sum(map(len, places.values()))):
+            return await loop.run_in_executor(self._decoders, decode_all)
 
     async def _done(self, job: Job) -> Any:
         with self.traces.part("model", pictures=len(job.pictures)):
