@@ -42,6 +42,7 @@ SECTIONS = {
     "meta_train": "pipeline.training.meta_train:MetaTrainConfig",
     "evaluate": "pipeline.evaluation.evaluate:EvaluateConfig",
     "deploy": "pipeline.deploy.release:DeployConfig",
+    "retrain": "pipeline.cluster.retrain.policy:RetrainConfig",
 }
 """Where the model of each section of params.yaml is."""
 

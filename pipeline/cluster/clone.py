@@ -52,6 +52,8 @@ class Clone:
     attempt: int = 1
     """How often it was begun or taken again."""
     done: bool = False
+    kind: str = "run"
+    """What works in it: a retraining changes the data that a run must not."""
 
     def mark(self, **changes: Any) -> Clone:
         """Write down what has become of it, and return that."""
@@ -84,6 +86,17 @@ def check_branch(root: Path, name: str) -> str:
         raise ConfigError(f"git takes no branch called {name!r}; `git help check-ref-format`.")
     if branch_tip(root, name):
         raise ConfigError(f"{root} has a branch {name!r} already. Give another with --branch.")
+    return name
+
+
+def check_remote(root: Path, name: str) -> str:
+    """The same name, if it is one of the repository's git remotes.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if safe_name("remote", name) not in git(root, "remote").split():
+        raise ConfigError(f"{root} has no git remote {name!r}; see `git remote -v`.")
     return name
 
 
@@ -134,7 +147,9 @@ def only_runner(root: Path, commit: str) -> Iterator[None]:
         yield
 
 
-def take_clone(root: Path, commit: str, branch: str | None, arguments: Sequence[str]) -> Clone:
+def take_clone(
+    root: Path, commit: str, branch: str | None, arguments: Sequence[str], *, kind: str = "run"
+) -> Clone:
     """The unfinished clone of the same run, or a new one.
 
     Call it within `only_runner`.
@@ -146,14 +161,16 @@ def take_clone(root: Path, commit: str, branch: str | None, arguments: Sequence[
         found = _read(folder)
         if found is None:
             shutil.rmtree(folder)  # its making was interrupted
-        elif not found.done and found.arguments == tuple(arguments):
+        elif not found.done and (found.arguments, found.kind) == (tuple(arguments), kind):
             _refuse_leftovers(found)
             return found.mark(branch=branch or found.branch, attempt=found.attempt + 1)
     _tidy(root)
-    return _new_clone(root, commit, branch, tuple(arguments))
+    return _new_clone(root, commit, branch, tuple(arguments), kind)
 
 
-def _new_clone(root: Path, commit: str, branch: str | None, arguments: tuple[str, ...]) -> Clone:
+def _new_clone(
+    root: Path, commit: str, branch: str | None, arguments: tuple[str, ...], kind: str
+) -> Clone:
     now = time.strftime("%Y%m%d-%H%M%S")
     folder = root / RUNS / f"{commit[:_SHORT]}-{now}"
     git(root, "clone", "--quiet", "--no-hardlinks", "--no-checkout", "--", str(root), str(folder))
@@ -164,7 +181,7 @@ def _new_clone(root: Path, commit: str, branch: str | None, arguments: tuple[str
     if (root / _ENGINE).is_file():  # what was found to be the fastest here is so for the clone
         write_json(folder / _ENGINE, read_json(root / _ENGINE))
     branch = branch or check_branch(root, f"runs/{now}-{commit[:7]}")
-    return Clone(folder, commit, branch, arguments).mark()
+    return Clone(folder, commit, branch, arguments, kind=kind).mark()
 
 
 def _read(folder: Path) -> Clone | None:

@@ -11,20 +11,17 @@ from typing import Any
 from pipeline.cluster import message
 from pipeline.cluster.clone import (
     JOURNAL,
-    Clone,
-    branch_tip,
     changed_files,
     check_branch,
-    is_output,
+    check_remote,
     only_runner,
     resolve_commit,
     take_clone,
 )
-from pipeline.cluster.commands import git, safe_name, try_git
+from pipeline.cluster.outcome import compute, push, record
 from pipeline.cluster.raw_data import bring_raw_data
-from pipeline.cluster.repro import repro
-from pipeline.cluster.share import LOCK, default_remote, read_lock, share
-from pipeline.core.errors import ConfigError, MachineError, PipelineError, StoppedError
+from pipeline.cluster.share import default_remote
+from pipeline.core.errors import ConfigError, MachineError
 
 
 @dataclass(frozen=True)
@@ -114,10 +111,13 @@ def run_commit(
         clone = take_clone(root, commit, request.branch, request.arguments)
         remote = default_remote(clone.folder)
         notes = [*bring_raw_data(root, clone.folder, remote), *_notes(differed, remote)]
-        _repro(clone, environment or {}, remote, push=request.push)
-        recorded = _record(root, clone, differed, notes)
+        compute(clone, environment or {}, remote, push=request.push)
+        text = message.commit_message(
+            clone.folder, clone.commit, differed=differed, arguments=clone.arguments
+        )
+        recorded = record(root, clone, text, notes)
         if request.push:
-            _push(root, clone, recorded, remote, request.remote)
+            push(root, clone, recorded, remote, request.remote)
         clone.mark(done=True)
     if any((clone.folder / JOURNAL).glob("*")):
         notes.append(
@@ -151,9 +151,7 @@ def _check(root: Path, request: RunRequest, written: Sequence[str]) -> list[str]
     if request.branch is not None:
         check_branch(root, request.branch)
     if request.remote is not None:
-        safe_name("remote", request.remote)
-        if request.remote not in git(root, "remote").split():
-            raise ConfigError(f"{root} has no git remote {request.remote!r}; see `git remote -v`.")
+        check_remote(root, request.remote)
     for argument in request.arguments:
         if not argument.isprintable():
             raise ConfigError(f"{argument!r} holds unprintable characters; DVC does not get it.")
@@ -173,68 +171,3 @@ def _notes(differed: Sequence[str], remote: str | None) -> Iterator[str]:
         yield f"{len(differed)} files of the working tree differed and were no part of the run"
     if remote is None:
         yield "no DVC remote: the data are in this machine's cache alone (docs/cluster.md)"
-
-
-def _repro(clone: Clone, environment: Mapping[str, str], remote: str | None, *, push: bool) -> None:
-    """As `repro`; stages that were finished before one failed are shared all the same."""
-    try:
-        repro(clone, environment, pull=remote is not None)
-    except (StoppedError, KeyboardInterrupt):
-        raise  # whoever asked for it does not wait for an upload
-    except PipelineError as error:
-        if remote is None or not push:
-            raise
-        try:
-            share(clone.folder)
-        except PipelineError as second:
-            raise MachineError(f"{error}\nWhat was done is not shared: {second}") from None
-        raise
-
-
-def _record(root: Path, clone: Clone, differed: Sequence[str], notes: list[str]) -> str | None:
-    """Commit the lock and the results that git keeps; None if the run changed none of them."""
-    written = [out["path"] for outs in read_lock(clone.folder).values() for out in outs]
-    changed = changed_files(clone.folder)
-    ours = [LOCK, *(name for name in changed if is_output(name, written))]
-    if strays := sorted(set(changed) - set(ours)):
-        notes.append(f"the run also left, and nobody keeps: {strays[:5]}")
-    git(clone.folder, "add", "--", *ours)
-    if try_git(clone.folder, "diff", "--cached", "--quiet").returncode == 0:
-        head = _head(clone)  # of an attempt that was killed later: its branch may be out already
-        return head if head != clone.commit else None
-    git(clone.folder, "reset", "--quiet", "--soft", clone.commit)
-    text = message.commit_message(
-        clone.folder, clone.commit, differed=differed, arguments=clone.arguments
-    )
-    git(clone.folder, *_identity(root), "commit", "--quiet", "--no-verify", "--message", text)
-    return _head(clone)
-
-
-def _head(clone: Clone) -> str:
-    return git(clone.folder, "rev-parse", "HEAD").strip()
-
-
-def _identity(root: Path) -> list[str]:
-    """Who commits: as in the original repository; a machine without a name says what it is."""
-    options = []
-    for key, otherwise in (("name", "metaloom run"), ("email", "metaloom@localhost.invalid")):
-        found = try_git(root, "config", "--get", f"user.{key}").stdout.strip()
-        options += ["-c", f"user.{key}={found or otherwise}"]
-    return options
-
-
-def _push(
-    root: Path, clone: Clone, recorded: str | None, data_remote: str | None, remote: str | None
-) -> None:
-    """Data first: a lock whose data nobody can get is worth nothing. No branch is ever moved."""
-    if data_remote is not None:
-        share(clone.folder)
-    if recorded is None:
-        return
-    if branch_tip(root, clone.branch) != recorded:
-        check_branch(root, clone.branch)
-        target = f"{recorded}:refs/heads/{clone.branch}"
-        git(clone.folder, "push", "--quiet", "--", "origin", target)
-    if remote is not None:
-        reference = f"refs/heads/{clone.branch}"
-        git(root, "push", "--quiet", "--", remote, f"{reference}:{reference}")

@@ -1,0 +1,1 @@
+"""Things to try that need no data of your own."""

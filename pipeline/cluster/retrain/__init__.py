@@ -1,0 +1,1 @@
+"""One retraining: what is new, a run of it, what the gate said, and a report."""

@@ -1,0 +1,361 @@
+"""One retraining from end to end: is there anything new, a run of it, the decision, the report."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline.cluster import message
+from pipeline.cluster.clone import Clone, check_remote, only_runner, resolve_commit, take_clone
+from pipeline.cluster.commands import git, try_git
+from pipeline.cluster.outcome import compute, push, record
+from pipeline.cluster.raw_data import bring_raw_data
+from pipeline.cluster.retrain.data import (
+    BRANCHES,
+    DATA,
+    INPUTS,
+    Inputs,
+    compare,
+    describe,
+    earlier,
+    inputs_of,
+    recorded,
+    update_imports,
+)
+from pipeline.cluster.retrain.policy import Because, RetrainConfig, State
+from pipeline.cluster.retrain.report import PAGE, RECORD, page, title
+from pipeline.cluster.retrain.tell import tell, webhook
+from pipeline.cluster.share import default_remote
+from pipeline.core.config import load_section
+from pipeline.core.errors import MachineError, PipelineError, StoppedError
+from pipeline.core.files import read_json, write_bytes, write_json
+
+KIND = "retrain"
+"""Of its clones: no other run takes them."""
+_PARAMS = "params.yaml"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What set a retraining off, and where its results go."""
+
+    because: Because = "manual"
+    commit: str = "HEAD"
+    remote: str | None = None
+    """A git remote that gets the branch too."""
+    num_workers: int = 1
+    """For the budget and the cost."""
+    date: str = field(default_factory=lambda: time.strftime("%Y-%m-%d"))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a retraining ended."""
+
+    record: dict[str, Any]
+    branch: str | None
+    """Where its lock, its data and its report are; None where it left none."""
+    notes: list[str]
+    fails: bool
+    """Whether the policy wants whoever started it to see a failure."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For programs."""
+        return {**self.record, "branch": self.branch, "notes": self.notes}
+
+    def summary(self) -> str:
+        """For people."""
+        lines = [title(self.record), f"  {self.record['reason']}"]
+        lines += [
+            f"  {name:<6} {message.percent(one)}" for name, one in self.record["metrics"].items()
+        ]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.branch is not None:
+            lines += [
+                "",
+                f"The report: git show {self.branch}:{PAGE}",
+                f"To take it over: git merge {self.branch}",
+            ]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class _Night:
+    """What the steps of one retraining share."""
+
+    root: Path
+    request: Request
+    clone: Clone
+    policy: RetrainConfig
+    data_remote: str | None
+    environment: Mapping[str, str]
+    begin: float
+    notes: list[str] = field(default_factory=list)
+
+    def told(
+        self, state: State, reason: str, *, data: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The record of how it ended."""
+        ran = state in ("promoted", "not_promoted")
+        release = read_json(self.clone.folder / message.RELEASE) if ran else None
+        return {
+            "state": state,
+            "reason": reason,
+            "date": self.request.date,
+            "because": self.request.because,
+            "commit": self.clone.commit,
+            "data": data,
+            "model": message.released(self.clone.folder) if ran else None,
+            "rules": release["decision"]["rules"] if release else [],
+            "metrics": message.metrics(self.clone.folder) if ran else {},
+            "cost": self._cost(),
+        }
+
+    def _cost(self) -> dict[str, float]:
+        seconds = time.time() - self.begin
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return {
+            "seconds": round(seconds, 1),
+            "num_workers": self.request.num_workers,
+            "worker_hours": round(seconds * self.request.num_workers / 3600, 4),
+            "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+        }
+
+
+def retrain(
+    root: Path, request: Request, *, environment: Mapping[str, str] | None = None
+) -> Outcome:
+    """Retrain on what is new since the last time, if anything is; one process at a time.
+
+    The same inputs are never trained on twice: the branch of the run that did so is looked for by
+    the digest of its inputs. Killed at any moment and started again, it ends as if it had not been:
+    the clone is taken up again, training goes on from its checkpoint, a bundle that is registered
+    is not registered anew, and a branch that is there ends the run.
+
+    Raises:
+        PipelineError: a stage, git, DVC or a data source failed; the webhook has been told.
+    """
+    if request.remote is not None:
+        check_remote(root, request.remote)
+    with only_runner(root, KIND):
+        commit = resolve_commit(root, request.commit)
+        clone = take_clone(root, commit, None, (), kind=KIND)
+        policy = load_section(clone.folder / _PARAMS, "retrain", RetrainConfig)
+        address = webhook(policy.webhook)
+        night = _Night(
+            root=root,
+            request=request,
+            clone=clone,
+            policy=policy,
+            data_remote=default_remote(clone.folder),
+            environment=environment or {},
+            begin=time.time(),
+        )
+        try:
+            outcome = _go(night)
+        except StoppedError:
+            raise
+        except PipelineError as error:
+            said = str(error).splitlines()
+            if problem := tell(address, night.told("failed", said[0] if said else "")):
+                raise type(error)(f"{error}\nNobody was told: {problem}.") from None
+            raise
+    if problem := tell(address, outcome.as_json()):
+        outcome.notes.append(problem)
+    return outcome
+
+
+def _go(night: _Night) -> Outcome:
+    folder = night.clone.folder
+    updated = update_imports(folder)
+    night.notes.extend(bring_raw_data(night.root, folder, night.data_remote))
+    inputs = inputs_of(folder)
+    if done := _done_before(night, inputs):
+        return done
+    first = replace(night.clone, arguments=("preprocess",))
+    compute(first, night.environment, night.data_remote, push=False)
+    description = describe(folder, inputs)
+    before = _last(night.root)
+    changes = compare(description, before)
+    if reason := _too_few(night.policy, changes, inputs, before):
+        night.clone.mark(done=True)
+        return _end(night, night.told("too_few", reason, data=changes))
+    try:
+        with _budget(night.policy.budget_seconds(night.request.num_workers)) as over:
+            compute(night.clone, night.environment, night.data_remote, push=True)
+    except StoppedError:
+        if not over.is_set():
+            raise
+        hours = night.policy.budget_seconds(night.request.num_workers) / 3600
+        reason = (
+            f"After {hours:g} hours it was stopped behind a checkpoint. The same command goes on "
+            "from there; to give it longer, raise retrain.max_hours or retrain.max_worker_hours."
+        )
+        return _end(night, night.told("over_budget", reason, data=changes), fails=True)
+    return _keep(night, description, changes, inputs, updated)
+
+
+def _keep(
+    night: _Night,
+    description: dict[str, Any],
+    changes: dict[str, Any],
+    inputs: Inputs,
+    updated: list[str],
+) -> Outcome:
+    """Commit and push what the run left: data first, then the branch."""
+    folder = night.clone.folder
+    release = read_json(folder / message.RELEASE)
+    promoted = release["decision"]["verdict"] == "champion"
+    told = night.told(
+        "promoted" if promoted else "not_promoted", release["decision"]["reason"], data=changes
+    )
+    write_json(folder / DATA, description)
+    write_json(folder / RECORD, told)
+    write_bytes(folder / PAGE, page(told).encode())
+    clone = night.clone.mark(branch=_new_branch(night.root, night.request.date))
+    text = message.commit_message(folder, clone.commit, differed=(), arguments=())
+    trailer = f"\n{INPUTS}: {inputs.digest}\n"
+    tip = record(
+        night.root,
+        clone,
+        f"{title(told)}\n\n{text}{trailer}",
+        night.notes,
+        also=[*updated, DATA, RECORD, PAGE],
+    )
+    push(night.root, clone, tip, night.data_remote, night.request.remote)
+    clone.mark(done=True)
+    fails = not promoted and night.policy.on_failed_gate == "fail"
+    return _end(night, told, branch=clone.branch, fails=fails)
+
+
+def _end(
+    night: _Night, told: dict[str, Any], *, branch: str | None = None, fails: bool = False
+) -> Outcome:
+    return Outcome(record=told, branch=branch, notes=night.notes, fails=fails)
+
+
+def _done_before(night: _Night, inputs: Inputs) -> Outcome | None:
+    """The branch of a run from the same inputs; one that a killed run left here is pushed on."""
+    for reference, digest in earlier(night.root):
+        if digest != inputs.digest:
+            continue
+        if reference.startswith("refs/heads/") and night.request.remote is not None:
+            git(
+                night.root,
+                "push",
+                "--quiet",
+                "--",
+                night.request.remote,
+                f"{reference}:{reference}",
+            )
+        name = _short(reference)
+        came = recorded(night.root, reference, RECORD) or {"state": "unknown"}
+        night.clone.mark(done=True)
+        reason = (
+            f"{name} was trained from the same code, parameters and data, and was "
+            f"{came['state'].replace('_', ' ')}."
+        )
+        return _end(night, night.told("no_change", reason), branch=name)
+    return None
+
+
+def _short(reference: str) -> str:
+    """`retrain/...` or `origin/retrain/...`, as git takes it."""
+    return reference.removeprefix("refs/heads/").removeprefix("refs/remotes/")
+
+
+def _last(root: Path) -> dict[str, Any] | None:
+    """What the latest retraining learned from, whatever the gate said to it."""
+    for reference, _ in earlier(root):
+        if (found := recorded(root, reference, DATA)) is not None:
+            return found
+    return None
+
+
+def _too_few(
+    policy: RetrainConfig, changes: dict[str, Any], inputs: Inputs, before: dict[str, Any] | None
+) -> str | None:
+    if before is None or before["inputs"]["code"] != inputs.code:
+        return None  # new code or parameters are reason enough
+    new = changes["new_examples"]["train"]
+    if new >= policy.min_new_examples:
+        return None
+    return (
+        f"{new:,} new training examples; retrain.min_new_examples asks for "
+        f"{policy.min_new_examples:,}. They are kept and count next time."
+    )
+
+
+def _new_branch(root: Path, date: str) -> str:
+    """`retrain/<date>`, with a number where the day has one already."""
+    listed = git(root, "for-each-ref", "--format=%(refname)", "refs/heads", "refs/remotes")
+    taken = {line.partition(f"/{BRANCHES}/")[2] for line in listed.splitlines()}
+    names = (date if n == 1 else f"{date}-{n}" for n in range(1, 10_000))
+    free = next(name for name in names if name not in taken)
+    return f"{BRANCHES}/{free}"
+
+
+@contextmanager
+def _budget(seconds: float) -> Iterator[threading.Event]:
+    """Ask this process to stop when its time is over, as a person would; the event tells of it."""
+    over = threading.Event()
+
+    def stop() -> None:
+        over.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def stopped(number: int, frame: FrameType | None) -> None:
+        raise StoppedError("stopped between two stages; the same command goes on from there.")
+
+    before = signal.signal(signal.SIGTERM, stopped)  # while a stage runs, it gets the signal
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield over
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGTERM, before)
+
+
+def bring_repository(url: str, folder: Path) -> Path:
+    """A clone of a git repository that stays up to date with it.
+
+    Raises:
+        MachineError: it cannot be cloned or fetched.
+    """
+    if not url.startswith(("https://", "ssh://", "file://", "/")) and not _is_scp_like(url):
+        raise MachineError(
+            f"{url!r} is no address of a git repository: https://, ssh://, user@host:path, or an "
+            "absolute path."
+        )
+    root = folder / "repository"
+    if not (root / ".git").is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        git(folder, "-c", "protocol.ext.allow=never", "clone", "--quiet", "--", url, str(root))
+    git(root, "fetch", "--quiet", "--prune", "origin")
+    return root
+
+
+def _is_scp_like(url: str) -> bool:
+    user, at, rest = url.partition("@")
+    host, colon, path = rest.partition(":")
+    names = all(part and not part.startswith("-") for part in (user, host, path))
+    return bool(at and colon and names and "/" not in user + host)
+
+
+def commit_of(root: Path, name: str) -> str:
+    """A commit by hash, or a branch as the remote has it now."""
+    remote = try_git(
+        root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"refs/remotes/origin/{name}"
+    )
+    return remote.stdout.strip() or resolve_commit(root, name)

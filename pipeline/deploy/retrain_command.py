@@ -1,0 +1,76 @@
+"""`metaloom retrain`: the command line of a retraining."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.core.errors import ConfigError
+from pipeline.deploy.commands import AsJson
+
+
+class Because(StrEnum):
+    """What set it off."""
+
+    cron = "cron"
+    data = "data"
+    drift = "drift"
+    manual = "manual"
+
+
+def retrain(
+    local: Annotated[
+        bool, typer.Option("--local", help="Retrain HEAD of the repository here, on this machine.")
+    ] = False,
+    repository: Annotated[
+        str | None, typer.Option(help="Retrain a commit of this git repository.")
+    ] = None,
+    commit: Annotated[str, typer.Option(help="Hash, branch or tag.")] = "HEAD",
+    work: Annotated[Path, typer.Option(help="Folder for its clone, with --repository.")] = Path(
+        ".metaloom/retrain"
+    ),
+    because: Annotated[Because, typer.Option(help="What sets it off.")] = Because.manual,
+    remote: Annotated[
+        str | None, typer.Option(help="Git remote to push the branch on to, with --local.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Learn anew from what is new, and promote the result if the gate lets it.
+
+    Brings imported data up to date (`dvc update`), and ends there if neither they, nor code, nor
+    parameters have changed since the last time. Otherwise it runs the pipeline in a clone, and the
+    branch `retrain/<date>` holds the new lock, the metrics and a report of what changed, what the
+    candidate gained and lost, the decision and the cost. Section `retrain` of params.yaml is the
+    policy: how much must be new, what it may cost, who is told. Killed, it goes on where it was.
+
+    \b
+      metaloom retrain --local
+      git show retrain/2026-11-29:results/retrain/report.md
+      metaloom retrain --repository https://example.org/team/models.git --commit main
+    """
+    from pipeline.cluster.retrain.night import Request, bring_repository, commit_of
+    from pipeline.cluster.retrain.night import retrain as go
+    from pipeline.launch.base import num_workers_from_environment
+    from pipeline.runtime.mlflow_tracker import tracking_uri
+
+    if local == (repository is not None):
+        raise ConfigError("say which: --local (the repository here) or --repository URL.")
+    _, workers = num_workers_from_environment(10**6)
+    request = Request(because=because.value, commit=commit, remote=remote, num_workers=workers)
+    root = Path.cwd()
+    if repository is not None:
+        root = bring_repository(repository, work)
+        request = replace(request, commit=commit_of(root, commit), remote="origin")
+    environment = {
+        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri(root)
+    }
+    outcome = go(root, request, environment=environment)
+    print(json.dumps(outcome.as_json(), indent=2) if as_json else outcome.summary())
+    if outcome.fails:
+        raise typer.Exit(1)
