@@ -12,11 +12,13 @@ from safetensors import SafetensorError
 
 from pipeline.core.errors import ArtefactError, PipelineError
 from pipeline.core.files import MANIFEST, canonical_json, new_folder, read_json, sha256_file, verify
+from pipeline.deploy.drift import Reference
 from pipeline.engine.learner import DESCRIPTION, WEIGHTS, Learner, load_learner
 
 FORMAT_VERSION = 2
-EVIDENCE, CARD = "evaluation.json", "card.md"
+EVIDENCE, CARD, REFERENCE = "evaluation.json", "card.md", "drift.json"
 FILES = frozenset({WEIGHTS, DESCRIPTION, EVIDENCE, CARD})
+"""In every bundle; what traffic is compared with may be there too"""
 _KIND = "metaloom bundle"
 _HEADER = {"kind": _KIND, "format_version": FORMAT_VERSION}
 _EVIDENCE_KEYS = {
@@ -42,6 +44,8 @@ class Bundle:
     digest: str
     """SHA-256 of the manifest, which vouches for everything else."""
     weights_digest: str
+    reference: Reference | None = None
+    """What its traffic is compared with; None in bundles from before there was any."""
 
     @property
     def temperature(self) -> float:
@@ -63,6 +67,7 @@ def make_bundle(
     card: str,
     calibration: dict[str, Any] | None = None,
     robustness: dict[str, Any] | None = None,
+    reference: Reference | None = None,
 ) -> Bundle:
     """Gather a sealed learner and its measured numbers into a bundle.
 
@@ -73,6 +78,7 @@ def make_bundle(
         card: the model card, Markdown.
         calibration: of `CalibrationFit`: its `temperature` is what serving divides logits by.
         robustness: of `Robustness`.
+        reference: of `make_reference`.
     """
     verify(learner_folder)
     with new_folder(target, **_HEADER) as folder:
@@ -86,6 +92,9 @@ def make_bundle(
         }
         (folder / EVIDENCE).write_text(canonical_json(evidence), encoding="utf-8")
         (folder / CARD).write_text(card, encoding="utf-8")
+        if reference is not None:
+            told = canonical_json(reference.model_dump(mode="json"))
+            (folder / REFERENCE).write_text(told, encoding="utf-8")
     return load_bundle(target)
 
 
@@ -120,6 +129,7 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
             card=(folder / CARD).read_text(encoding="utf-8"),
             digest=found,
             weights_digest=sha256_file(folder / WEIGHTS),
+            reference=_reference(folder),
         )
         if _digest_of(folder) != before:  # its parts may be of two bundles, each of them whole
             raise ArtefactError(f"{folder} was replaced while it was read. Open it again.")
@@ -139,6 +149,12 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
             f"{folder} is sealed and yet no bundle: {type(error).__name__}: {error}. "
             "Make it again (`dvc repro`)."
         ) from None
+
+
+def _reference(folder: Path) -> Reference | None:
+    """None where the bundle has none; ValueError where it is no reference."""
+    path = folder / REFERENCE
+    return Reference.model_validate(read_json(path)) if path.exists() else None
 
 
 def _digest_of(folder: Path) -> str | None:
@@ -172,10 +188,10 @@ def _check_manifest(folder: Path) -> int:
     """
     manifest = verify(folder)
     files = set(manifest.pop("files"))
-    if files != FILES:
+    if files - {REFERENCE} != FILES:
         raise ArtefactError(
-            f"{folder} is no bundle: it must hold exactly {sorted(FILES)}; "
-            f"missing {sorted(FILES - files)}, extra {sorted(files - FILES)}."
+            f"{folder} is no bundle: it must hold exactly {sorted(FILES)} (and {REFERENCE}, if it "
+            f"has one); missing {sorted(FILES - files)}, extra {sorted(files - FILES)}."
         )
     version = manifest.get("format_version")
     if manifest != {"kind": _KIND, "format_version": version} or version not in (1, FORMAT_VERSION):
@@ -183,6 +199,6 @@ def _check_manifest(folder: Path) -> int:
             f"{folder} is no bundle of format 1 or {FORMAT_VERSION}: its manifest says {manifest}. "
             "Use the version that made it, or make it again (`dvc repro`)."
         )
-    if extra := [p for p in folder.iterdir() if p.name not in FILES | {MANIFEST}]:
+    if extra := [p for p in folder.iterdir() if p.name not in files | {MANIFEST}]:
         raise ArtefactError(f"{folder} holds what no bundle holds: {extra[0].name!r}. Remove it.")
     return int(version)

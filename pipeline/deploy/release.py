@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from pipeline.deploy.bundle import Bundle, make_bundle
 from pipeline.deploy.by_hand import VERDICT_REASON_TAG, VERDICT_TAG
 from pipeline.deploy.card import model_card
 from pipeline.deploy.champions import ROLLED_BACK_TAG
+from pipeline.deploy.drift_reference import make_reference
 from pipeline.deploy.evidence import Answers, Costs, answers, measure_latency, num_scored
 from pipeline.deploy.gate import Decision, GateConfig, decide
 from pipeline.deploy.lineage import PARENT_RUN_TAG, TRAINING_RUN_TAG, source_tags
@@ -82,7 +84,8 @@ class Candidate:
 def prepare(config: DeployConfig, sources: Sources, target: Path) -> Candidate:
     """Make the bundle of the trained learner in `target`, with what it takes to judge it.
 
-    The temperature comes from the validation episodes; the test episodes only measure.
+    The temperature, and what traffic is compared with, come from the validation episodes; the test
+    episodes only measure.
 
     Raises:
         ArtefactError: the stages' outputs do not belong together.
@@ -103,7 +106,8 @@ def prepare(config: DeployConfig, sources: Sources, target: Path) -> Candidate:
     card = model_card(
         name, learner, store, evaluation, calibration=fit.as_json(), robustness=spoilt
     )
-    bundle = make_bundle(
+    make = partial(
+        make_bundle,
         target,
         sources.learner,
         evaluation,
@@ -112,6 +116,8 @@ def prepare(config: DeployConfig, sources: Sources, target: Path) -> Candidate:
         calibration=fit.as_json(),
         robustness=spoilt,
     )
+    # What the bundle itself answers becomes a part of it.
+    bundle = make(reference=make_reference(make(), store, validation))
     return Candidate(bundle, store, episodes, found, name)
 
 

@@ -18,6 +18,7 @@ from pipeline import __version__
 from pipeline.core.errors import MachineError
 from pipeline.deploy.serve import problems
 from pipeline.deploy.serve.desk import Desk
+from pipeline.deploy.serve.drift import Traffic
 from pipeline.deploy.serve.export import archive, media_type
 from pipeline.deploy.serve.fleet import Fleet
 from pipeline.deploy.serve.forms import read
@@ -78,6 +79,9 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         source, Path(settings.cache), settings.rows_per_pass, settings.poll_seconds, signed_by=key
     )
     watch = Watch(settings.budget, on_spent=fleet.withdraw, on_answer=measures.judged)
+    replicas = Replicas(engine)
+    traffic = Traffic(engine, replicas.name)
+    measures.registry.register(traffic)
     service = Service(
         settings=settings,
         fleet=fleet,
@@ -86,13 +90,20 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         keys=Keys(engine),
         watch=watch,
         traces=Traces(),
+        on_champion=traffic.answered,
     )
-    replicas = Replicas(engine)
-    fleet.on_look = lambda: replicas.report(service.report())
+
+    def looked() -> None:
+        replicas.report(service.report())
+        traffic.write()
+
+    fleet.on_look = looked
 
     def switched(role: str, version: Version) -> None:
         watch.begin_anew(version)
         measures.switched(role, version)
+        if role == "champion":
+            traffic.serves(version)
 
     fleet.on_switch = switched
 
@@ -105,6 +116,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         service.fleet.stop()
         await asyncio.to_thread(service.desk.stop)
         with contextlib.suppress(MachineError):  # the row is forgotten within the hour
+            await asyncio.to_thread(traffic.write, at_once=True)
             await asyncio.to_thread(replicas.leave)
         engine.dispose()
         await asyncio.to_thread(service.traces.close)

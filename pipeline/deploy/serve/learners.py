@@ -59,6 +59,20 @@ REPLICAS = sa.Table(
     sa.Column("at", sa.Float, nullable=False),
     sa.Column("told", sa.Text, nullable=False),
 )
+TRAFFIC = sa.Table(
+    "traffic",
+    _METADATA,
+    sa.Column("replica", sa.String(80), primary_key=True),
+    sa.Column("bundle", sa.String(64), primary_key=True),
+    sa.Column("day", sa.String(10), primary_key=True),
+    sa.Column("told", sa.Text, nullable=False),
+)
+REFERENCES = sa.Table(
+    "drift_references",
+    _METADATA,
+    sa.Column("bundle", sa.String(64), primary_key=True),
+    sa.Column("told", sa.Text, nullable=False),
+)
 
 
 @dataclass(frozen=True)

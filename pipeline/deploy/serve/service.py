@@ -58,6 +58,8 @@ class Service:
     keys: Keys
     watch: Watch
     traces: Traces
+    on_champion: Callable[[Version, str, int, Predictions], None] = lambda *_: None
+    """Told of the champion's answers: which learner, how many examples it has, the answers"""
     draining: bool = False
     """No more work is wanted."""
     _decoders: ThreadPoolExecutor = field(
@@ -182,7 +184,10 @@ class Service:
             ready, answers = await self._watched(by, version)
         if challenger is not None and follows:
             self._in_the_shadow(by, challenger, answers)
-        return predictions_of(kept, version, ready, answers)
+        found = predictions_of(kept, version, ready, answers)
+        if against == "champion" and version is self.fleet.serving():
+            self.on_champion(version, canary, len(kept.labels), found)
+        return found
 
     async def _watched(self, by: _By, version: Version) -> tuple[Ready, Answers]:
         with self.watch.over(version):
