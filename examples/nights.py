@@ -39,12 +39,10 @@ SETTINGS: dict[str, Any] = {
     },
     "pretrain": {
         "candidates": ["conv4"],
-        "conv4": {"width": 16},
-        "outer": {"num_steps": 60, "validate_every": 30, "checkpoint_every": 20},
+        "conv4": {"width": 32},
+        "outer": {"num_steps": 100, "validate_every": 50, "checkpoint_every": 20},
     },
-    "meta_train": {
-        "outer": {"num_steps": 60, "validate_every": 20, "checkpoint_every": 10, "warmup_steps": 5}
-    },
+    "meta_train": {"outer": {"num_steps": 100, "validate_every": 25, "checkpoint_every": 10}},
     "evaluate": {"baselines": ["pixels", "untrained"], "example_episodes": 1},
     "deploy": {
         "gate": {"max_calibration_error": 0.2, "max_drops": [0.3, 0.6, 0.8]},
@@ -55,7 +53,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def draw(character: str, face: str, *, seed: int) -> Image.Image:
-    """One black character on white, turned by up to 15 degrees and moved by up to 3 pixels."""
+    """One black character on white, turned by up to 10 degrees and moved by up to 2 pixels."""
     import matplotlib
 
     rng = np.random.default_rng(seed)
@@ -64,9 +62,9 @@ def draw(character: str, face: str, *, seed: int) -> Image.Image:
     picture = Image.new("L", (_SIDE, _SIDE), 255)
     left, top, right, bottom = font.getbbox(character)
     x, y = (_SIDE - right - left) / 2, (_SIDE - bottom - top) / 2
-    moved = rng.uniform(-3, 3, 2)
+    moved = rng.uniform(-2, 2, 2)
     ImageDraw.Draw(picture).text((x + moved[0], y + moved[1]), character, 0, font)
-    return picture.rotate(float(rng.uniform(-15, 15)), Image.Resampling.BILINEAR, fillcolor=255)
+    return picture.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR, fillcolor=255)
 
 
 def write(folder: Path, split: str, characters: str, *, first: int = 0, wrong: bool = False) -> int:

@@ -82,8 +82,9 @@ def describe(folder: Path, inputs: Inputs) -> dict[str, Any]:
     domain = load_value(folder / "params.yaml", "preprocess.domain", str)
     columns = read_json(folder / "data/store" / domain / "manifest.json")["classes"]
     rows = zip(*(columns[key] for key in ("name", "group", "split", "count")), strict=True)
+    several = len(set(columns["group"])) > 1  # then a name may occur in two of them
     classes = {
-        f"{group}/{name}" if group else name: {"group": group, "split": split, "examples": count}
+        f"{group}/{name}" if several else name: {"group": group, "split": split, "examples": count}
         for name, group, split, count in rows
     }
     digests = {"code": inputs.code, "data": inputs.data}

@@ -11,6 +11,7 @@ from pipeline.cluster.retrain.policy import State
 PAGE = "results/retrain/report.md"
 RECORD = "results/retrain/report.json"
 _SHOWN = 8
+_AGAINST_CHAMPION = ("beats_champion", "no_harm", "group_no_harm")
 _TITLES: dict[State, str] = {
     "promoted": "promoted",
     "not_promoted": "not promoted",
@@ -103,9 +104,10 @@ def _rules(rules: list[dict[str, Any]]) -> Iterator[str]:
         for rule in rules
     ]
     yield from _table(("rule", "where", "value", "limit", ""), rows)
-    for rule in rules:
-        if not rule["passed"]:
-            yield from ("", f"- {rule['reason']}")
+    told = [r["reason"] for r in rules if r["rule"] in _AGAINST_CHAMPION or not r["passed"]]
+    if told:
+        yield ""
+    yield from (f"- {reason}" for reason in told)
 
 
 def _number(value: float | None) -> str:
