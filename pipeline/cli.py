@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from pipeline.cluster.kube.commands import app as cluster
 from pipeline.core.errors import MachineError
 from pipeline.deploy import commands as deploy_commands
 from pipeline.deploy.commands import AsJson, Model, model_name, say
@@ -64,6 +65,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 app.add_typer(release, name="release")
+app.add_typer(cluster, name="cluster")
 
 
 app.command()(deploy_commands.promote)
