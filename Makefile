@@ -12,10 +12,10 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .PHONY: help setup repro test test-slow test-cluster cluster-up cluster-down chaos
-.PHONY: lint format bench bench-check bench-serve fuzz-serve ui clean doctor
+.PHONY: lint format bench bench-check bench-serve fuzz-serve check-manifests ui clean doctor
 
 help:  ## what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 17
 
 setup: $(STAMP)  ## make .venv with the exact pins of constraints.txt
 
@@ -77,6 +77,9 @@ bench-serve: $(STAMP)  ## load on the service beside a bare handler and MLflow's
 
 fuzz-serve: $(STAMP)  ## made-up and damaged requests to the service: results/serve/fuzz.json
 	python -m tests.serve.fuzz --cases 5000 --mutations 2000
+
+check-manifests: $(STAMP)  ## render and check every overlay of infra/kubernetes, and plant mistakes
+	python -m infra.manifests --planted
 
 ui: $(STAMP)  ## MLflow's page, on this machine only
 	metaloom ui

@@ -42,7 +42,7 @@ def serve(model: str, host: str, port: int, config: Path | None, replicas: str |
     if replicas is not None:
         from pipeline.deploy.serve.ray_serve import Replicas, serve_on_ray
 
-        number = Replicas(*_bounds(replicas))
+        number = Replicas(*bounds(replicas))
         serve_on_ray(model, settings_from(config), host, port, number)
         return
     from pipeline.deploy.serve.app import build_app
@@ -59,8 +59,8 @@ def serve(model: str, host: str, port: int, config: Path | None, replicas: str |
     run(app, service, host, port)
 
 
-def _bounds(text: str) -> tuple[int, int]:
-    """`4` as (4, 4), `2:4` as (2, 4).
+def bounds(text: str) -> tuple[int, int]:
+    """Of --replicas: `4` as (4, 4), `2:4` as (2, 4).
 
     Raises:
         ConfigError: it is neither.

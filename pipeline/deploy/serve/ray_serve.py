@@ -70,7 +70,7 @@ def deployed(
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     try:
-        serve.run(_application(model, settings, replicas), name=NAME, route_prefix="/")
+        serve.run(bound_application(model, settings, replicas), name=NAME, route_prefix="/")
     except RuntimeError as error:
         serve.shutdown()
         raise MachineError(
@@ -83,7 +83,8 @@ def deployed(
         serve.shutdown()
 
 
-def _application(model: str, settings: ServeSettings, replicas: Replicas) -> Any:
+def bound_application(model: str, settings: ServeSettings, replicas: Replicas) -> Any:
+    """What `serve.run`, or a RayService, deploys."""
     from ray import serve
 
     ingress = serve.ingress(_builder(model, settings, Path.cwd()))(Health)

@@ -1,0 +1,1 @@
+"""Are the manifests of infra/kubernetes right? `python -m infra.manifests` says."""

@@ -1,0 +1,1 @@
+"""What no schema says. Each rule is a pure function: documents in, findings out."""

@@ -1,0 +1,214 @@
+"""The manifests of infra/kubernetes are right, and the checker would say if they were not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from infra.manifests.documents import (
+    OVERLAYS,
+    Document,
+    find,
+    look,
+    named,
+    of_kind,
+    overlay_names,
+    render,
+)
+from infra.manifests.planted import Mistake, findings, mistakes, rendered, spoil
+from infra.manifests.pods import pods
+from infra.manifests.table import CUSTOM, RULES, check, rules
+from pipeline.core.errors import ConfigError
+from tests.conftest import REPOSITORY
+
+CRDS = Path(os.environ.get("METALOOM_CRDS", REPOSITORY.parent / "shared" / "data" / "crds"))
+HAS_CRDS = any(CRDS.glob("*.yaml"))
+NAMES = overlay_names()
+MISTAKES = mistakes()
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="needs kubectl")
+needs_definitions = pytest.mark.skipif(
+    not HAS_CRDS, reason=f"needs the definitions of KubeRay and Kueue in {CRDS} (METALOOM_CRDS)"
+)
+
+
+@pytest.mark.parametrize("overlay", NAMES)
+def test_an_overlay_has_no_mistakes(overlay: str) -> None:
+    assert [f"[{rule}] {one}" for rule, one in check(rendered(overlay), RULES)] == []
+
+
+@needs_definitions
+@pytest.mark.parametrize("overlay", NAMES)
+def test_custom_resources_are_those_of_their_definitions(overlay: str) -> None:
+    assert [str(one) for one in rules(CRDS)[CUSTOM](rendered(overlay))] == []
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        pytest.param(
+            one, id=f"{one.rule}: {one.name}", marks=needs_definitions if one.rule == CUSTOM else ()
+        )
+        for one in MISTAKES
+    ],
+)
+def test_a_planted_mistake_is_found(mistake: Mistake) -> None:
+    spoilt = spoil(rendered(mistake.overlay), mistake)
+    assert spoilt != list(rendered(mistake.overlay))
+    known = rules(CRDS if HAS_CRDS else None)
+    found = findings(mistake, known)
+    assert found, [str(one) for one in known[mistake.rule](spoilt)]
+    assert all(one.where and one.what and one.mend.endswith(".") for one in found)
+
+
+def test_there_are_many_mistakes_for_every_rule_and_overlay() -> None:
+    assert len(MISTAKES) >= 60
+    assert len({one.name for one in MISTAKES}) == len(MISTAKES)
+    assert {one.rule for one in MISTAKES} == {*RULES, CUSTOM}
+    assert {one.overlay for one in MISTAKES} == set(NAMES)
+
+
+def test_the_overlays_are_those_of_the_documentation() -> None:
+    assert NAMES == ["cpu", "gpu", "kueue", "minimal", "rayservice"]
+    text = (REPOSITORY / "docs" / "kubernetes-pods.md").read_text()
+    assert all(f"`{name}`" in text for name in NAMES)
+
+
+def test_a_folder_that_kustomize_refuses_is_named(tmp_path: Path) -> None:
+    (tmp_path / "kustomization.yaml").write_text("resources: [nothing.yaml]\n")
+    with pytest.raises(ConfigError, match="cannot be rendered"):
+        render(tmp_path)
+
+
+# what the overlays are for
+
+
+def one(overlay: str, kind: str, name: str) -> Document:
+    found = named(rendered(overlay), kind, name)
+    assert found is not None
+    return found
+
+
+def test_training_pods_ask_for_gpus_where_there_are_some() -> None:
+    path = "spec.rayClusterSpec.workerGroupSpecs[].template.spec.containers[].resources.limits"
+    asked = {
+        name: [
+            p.value.get("nvidia.com/gpu") for p in find(one(name, "RayJob", "metaloom-train"), path)
+        ]
+        for name in ("cpu", "gpu", "kueue")
+    }
+    assert asked == {"cpu": [None], "gpu": ["1"], "kueue": ["1"]}
+
+
+@pytest.mark.parametrize("overlay", [name for name in NAMES if name != "minimal"])
+def test_the_training_job_is_a_template_that_never_runs_itself(overlay: str) -> None:
+    job = one(overlay, "RayJob", "metaloom-train")
+    assert look(job, "spec.suspend") is True
+    assert "kueue.x-k8s.io/queue-name" not in job["metadata"]["labels"]
+
+
+def test_only_the_driver_is_given_a_token_and_its_role_is_small() -> None:
+    for overlay in NAMES:
+        given = {
+            p.where.partition(":")[0]
+            for p in pods(rendered(overlay))
+            if p.spec["automountServiceAccountToken"]
+        }
+        assert given == {"CronJob/metaloom-retrain"}
+        assert [r["metadata"]["name"] for r in of_kind(rendered(overlay), "Role")] == [
+            "metaloom-retrain"
+        ]
+    allowed = {
+        (thing, verb)
+        for rule in one("gpu", "Role", "metaloom-retrain")["rules"]
+        for thing in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    assert allowed == {
+        *(("rayjobs", verb) for verb in ("get", "list", "watch", "create", "delete")),
+        *(("leases", verb) for verb in ("get", "update", "create")),
+        *((thing, verb) for thing in ("pods", "pods/log") for verb in ("get", "list", "watch")),
+    }
+
+
+def test_the_smallest_needs_nothing_that_must_be_installed() -> None:
+    groups = {document["apiVersion"].rpartition("/")[0] for document in rendered("minimal")}
+    assert not groups & {"ray.io", "kueue.x-k8s.io", "autoscaling"}
+
+
+def test_ray_is_the_version_that_is_pinned() -> None:
+    pins = (REPOSITORY / "constraints.txt").read_text().split()
+    for overlay in NAMES:
+        for document in rendered(overlay):
+            for path in ("spec.rayClusterSpec.rayVersion", "spec.rayClusterConfig.rayVersion"):
+                for place in find(document, path):
+                    assert f"ray=={place.value}" in pins
+
+
+def test_git_takes_its_credential_from_the_file(tmp_path: Path) -> None:
+    """The helper of the ConfigMap, with the path of the secret replaced, asked by git itself."""
+    text = one("cpu", "ConfigMap", "metaloom-git-config")["data"]["gitconfig"]
+    (tmp_path / "credential").write_text("username=robot\npassword=from-the-file\n")
+    config = tmp_path / "gitconfig"
+    config.write_text(text.replace("/secrets/git/credential", str(tmp_path / "credential")))
+    environment = {**os.environ, "GIT_CONFIG_GLOBAL": str(config), "GIT_TERMINAL_PROMPT": "0"}
+    done = subprocess.run(
+        ["git", "credential", "fill"],
+        input="protocol=https\nhost=git.example.org\n\n",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "username=robot\npassword=from-the-file" in done.stdout
+
+
+# the command
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "infra.manifests", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_the_command_counts_and_says_what_it_left_out(tmp_path: Path) -> None:
+    done = run("minimal", "gpu", "--crds", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == [
+        *("minimal", str(len(rendered("minimal"))), "documents", str(len(RULES)), "rules"),
+        *("0", "findings"),
+    ]
+    assert "custom resources: own rules alone" in lines[1]
+    assert lines[2] == f"custom-schema was left out: there are no definitions in {tmp_path}."
+
+
+def test_the_command_finds_what_an_overlay_of_ones_own_spoils(tmp_path: Path) -> None:
+    patch = {"apiVersion": "batch/v1", "kind": "CronJob", "metadata": {"name": "metaloom-retrain"}}
+    own = {
+        "resources": [os.path.relpath(OVERLAYS / "minimal", tmp_path)],
+        "patches": [{"patch": yaml.safe_dump({**patch, "spec": {"schedule": "30 24 * * *"}})}],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(own))
+    done = run(str(tmp_path))
+    assert done.returncode == 1
+    assert "[cron] CronJob/metaloom-retrain: spec.schedule" in done.stdout
+    assert "'24' is no hour (0 to 23)" in done.stdout
+
+
+def test_an_unknown_overlay_is_refused_by_name() -> None:
+    done = run("gpus")
+    assert done.returncode == 1 and "no overlay 'gpus'" in done.stderr
+    assert "Traceback" not in done.stderr
