@@ -12,7 +12,7 @@ export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
 .PHONY: help setup repro test test-slow test-cluster cluster-up cluster-down chaos
-.PHONY: lint format bench bench-check bench-serve fuzz-serve check-manifests ui clean doctor
+.PHONY: audit lint format bench bench-check bench-serve fuzz-serve check-manifests ui clean doctor
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 17
@@ -22,7 +22,7 @@ setup: $(STAMP)  ## make .venv with the exact pins of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=python3.12 or so" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[track,glyphs,serve,sign,traces,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[track,glyphs,serve,sign,traces,audit,dev]'
 	touch $(STAMP)
 
 repro: $(STAMP)  ## from nothing to a promoted model: runs every stage that has changed
@@ -80,6 +80,9 @@ fuzz-serve: $(STAMP)  ## made-up and damaged requests to the service: results/se
 
 check-manifests: $(STAMP)  ## render and check every overlay of infra/kubernetes, and plant mistakes
 	python -m infra.manifests --planted
+
+audit: $(STAMP)  ## the images' bills of materials, and what is known against their packages
+	python -m infra.audit
 
 ui: $(STAMP)  ## MLflow's page, on this machine only
 	metaloom ui

@@ -1,0 +1,1 @@
+"""The container images: what is in them, their locks, and their bills of materials."""
