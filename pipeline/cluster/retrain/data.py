@@ -122,7 +122,7 @@ def compare(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any
 def earlier(root: Path) -> Iterator[tuple[str, str]]:
     """Branches of earlier retrainings, here and on the remotes: name and inputs, newest first."""
     form = f"%(refname)%00%(contents:trailers:key={INPUTS},valueonly,separator=)"
-    places = [f"refs/heads/{BRANCHES}", f"refs/remotes/*/{BRANCHES}"]
+    places = [f"refs/heads/{BRANCHES}", f"refs/remotes/*/{BRANCHES}/*"]
     listed = git(root, "for-each-ref", "--sort=-committerdate", f"--format={form}", *places)
     for line in listed.splitlines():
         name, _, inputs = line.partition("\0")
