@@ -64,10 +64,11 @@ class Cluster:
             pytest.skip("this cluster has no RayJobs (install KubeRay's CRDs)")
 
     def apply_retraining(self) -> dict[str, Any]:
-        """The manifests' CronJob and its account; its pods fit on no node."""
+        """The manifests' CronJob and its account; its pods fit on no node, and are tried again once."""
         made = copy.deepcopy(manifest("retrain.yaml", "CronJob"))
         pod = made["spec"]["jobTemplate"]["spec"]["template"]["spec"]
         pod["nodeSelector"] = {"metaloom.dev/no-such-node": "true"}
+        made["spec"]["jobTemplate"]["spec"]["backoffLimit"] = 1
         account = {"metadata": {"name": pod["serviceAccountName"]}}
         with suppress(ExistsError):
             self.kube.create(SERVICE_ACCOUNTS, typed(SERVICE_ACCOUNTS, account))

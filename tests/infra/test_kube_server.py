@@ -279,7 +279,7 @@ def test_kubectl_finds_its_way(cluster: Cluster) -> None:
     assert "job.batch/by-hand created" in kubectl("create", "-f-", "--validate=false", told=text)
     theirs = cluster.kube.get(JOBS, "by-hand")
     template = cluster.kube.get(CRON_JOBS, RETRAIN)["spec"]["jobTemplate"]
-    ours = job_of(template, "ours", commit=None, because="schedule")
+    ours = job_of(template, "ours", commit=None, because="cron")
     assert json.loads(text)["spec"]["template"]["spec"].keys() == pod_of(ours).keys()
     environment = {entry["name"]: entry for entry in pod_of(theirs)["containers"][0]["env"]}
     assert {e["name"]: e for e in pod_of(ours)["containers"][0]["env"]} == environment

@@ -242,7 +242,9 @@ class Kube:
 
     def _unreachable(self, error: Exception) -> UnreachableError:
         words = str(getattr(error, "reason", None) or error)
-        why = re.sub(r"^(<[^>]*>|\w+\([^)]*\)): ", "", words).splitlines()[0][:200].rstrip(".")
+        why = re.sub(r"^(<[^>]*>|\w+\([^)]*\)): ", "", words.strip().splitlines()[-1])[:200].rstrip(
+            "."
+        )
         return UnreachableError(
             f"the API server at {self.client.configuration.host} does not answer ({why}). Look at "
             "the network, the VPN and `kubectl cluster-info`, or choose another --context."

@@ -19,14 +19,14 @@ def connect(
     namespace: str | None = None,
     context: str | None = None,
     *,
-    patience_seconds: float = _ONE_COMMAND_SECONDS,
+    patience_seconds: float | None = None,
 ) -> Kube:
     """Nothing is asked of the cluster yet.
 
     Args:
         namespace: None: the context's own, or that of our pod, or `metaloom`.
         context: of the kubeconfig; None: its current one.
-        patience_seconds: how long a request is tried again.
+        patience_seconds: how long a request is tried again; None: 10.
 
     Raises:
         MachineError: the `kubernetes` package is missing, or nothing says where the cluster is.
@@ -44,7 +44,8 @@ def connect(
     from kubernetes import client
 
     configuration.retries = False  # ours know which failures are worth another try
-    return Kube(client.ApiClient(configuration), namespace or found or NAMESPACE, patience_seconds)
+    patience = _ONE_COMMAND_SECONDS if patience_seconds is None else patience_seconds
+    return Kube(client.ApiClient(configuration), namespace or found or NAMESPACE, patience)
 
 
 def in_cluster() -> bool:

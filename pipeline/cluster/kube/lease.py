@@ -127,7 +127,7 @@ def single_flight(
 
 def holder_of(lease: Mapping[str, Any], now: float | None = None) -> str:
     """Who holds it; empty if nobody does, or not any more."""
-    holder = str(lease["spec"].get("holderIdentity") or "")
+    holder = str(_spec(lease).get("holderIdentity") or "")
     return "" if _has_run_out(lease, time.time() if now is None else now) else holder
 
 
@@ -136,12 +136,12 @@ def _acquire(kube: Kube, terms: _Terms) -> dict[str, Any]:
         found = kube.get(LEASES, terms.name)
     except MissingError:
         return _create(kube, terms)
-    holder = str(found["spec"].get("holderIdentity") or "")
+    holder = str(_spec(found).get("holderIdentity") or "")
     if holder not in ("", terms.holder):
         if not _has_run_out(found, time.time()) or not _stays_silent(kube, terms, found):
             raise _held_by(found, terms.name)
         found = kube.get(LEASES, terms.name)
-        if found["spec"].get("holderIdentity") not in ("", None, holder):
+        if _spec(found).get("holderIdentity") not in ("", None, holder):
             raise _held_by(found, terms.name)
     taken = _written(found, terms, transitions=int(holder != terms.holder))
     try:
@@ -168,7 +168,7 @@ def _create(kube: Kube, terms: _Terms) -> dict[str, Any]:
 
 def _written(lease: Mapping[str, Any], terms: _Terms, *, transitions: int) -> dict[str, Any]:
     """The Lease as ours, renewed now; it keeps its version, so nobody's change is overwritten."""
-    now, spec = _stamp(), dict(lease["spec"])
+    now, spec = _stamp(), dict(_spec(lease))
     if transitions or not spec.get("holderIdentity"):
         spec["leaseTransitions"] = int(spec.get("leaseTransitions") or 0) + transitions
     if spec.get("holderIdentity") != terms.holder:
@@ -238,7 +238,7 @@ def _still_ours(kube: Kube, terms: _Terms) -> dict[str, Any]:
     """The Lease as it is now, if somebody has only touched it."""
     found = kube.get(LEASES, terms.name)
     instance = (found["metadata"].get("annotations") or {}).get(_INSTANCE_NOTE)
-    if found["spec"].get("holderIdentity") != terms.holder or instance != terms.instance:
+    if _spec(found).get("holderIdentity") != terms.holder or instance != terms.instance:
         raise _held_by(found, terms.name)
     return found
 
@@ -250,7 +250,7 @@ def _release(kube: Kube, terms: _Terms, held: Held) -> None:
         notes.pop(_INSTANCE_NOTE, None)
         if progress := held.progress():
             notes[PROGRESS_NOTE] = progress
-        spec = {**found["spec"], "holderIdentity": "", "renewTime": _stamp()}
+        spec = {**_spec(found), "holderIdentity": "", "renewTime": _stamp()}
         metadata = {**found["metadata"], "annotations": notes}
         with suppress(ConflictError):
             kube.replace(LEASES, {**found, "metadata": metadata, "spec": spec})
@@ -258,7 +258,7 @@ def _release(kube: Kube, terms: _Terms, held: Held) -> None:
 
 
 def _held_by(lease: Mapping[str, Any], name: str) -> HeldError:
-    spec = lease["spec"]
+    spec = _spec(lease)
     holder = str(spec.get("holderIdentity") or "somebody who has just let go of it")
     text = (
         f"the Lease {name} is held by {holder} (renewed {spec.get('renewTime')}): one retraining "
@@ -267,8 +267,13 @@ def _held_by(lease: Mapping[str, Any], name: str) -> HeldError:
     return HeldError(text, holder)
 
 
+def _spec(lease: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What it says; a Lease of the manifests that nobody has held yet says nothing."""
+    return lease.get("spec") or {}
+
+
 def _has_run_out(lease: Mapping[str, Any], now: float) -> bool:
-    spec = lease["spec"]
+    spec = _spec(lease)
     if not spec.get("holderIdentity") or not spec.get("renewTime"):
         return True
     renewed = datetime.fromisoformat(spec["renewTime"]).timestamp()

@@ -100,12 +100,14 @@ def _run(kube: Kube, job: Mapping[str, Any], progress: Mapping[str, Any], now: f
 
 
 def pods_of(kube: Kube, job: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A Job's pods, the oldest first."""
+    """A Job's pods, the oldest first; of those of one second, the ended ones."""
+
+    def age(pod: Mapping[str, Any]) -> tuple[str, bool, str]:
+        over = (pod.get("status") or {}).get("phase") in ("Succeeded", "Failed")
+        return pod["metadata"]["creationTimestamp"], not over, pod["metadata"]["name"]
+
     labels = f"batch.kubernetes.io/controller-uid={job['metadata']['uid']}"
-    pods = kube.select(PODS, labels=labels)
-    return sorted(
-        pods, key=lambda pod: (pod["metadata"]["creationTimestamp"], pod["metadata"]["name"])
-    )
+    return sorted(kube.select(PODS, labels=labels), key=age)
 
 
 def trouble_of(kube: Kube, job: Mapping[str, Any]) -> str | None:

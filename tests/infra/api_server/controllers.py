@@ -82,7 +82,10 @@ class JobController:
                 "Job was active longer than specified deadline",
             )
         else:
-            if not active:
+            if not active and self._server.create_pod_fault is not None:
+                raise self._server.create_pod_fault
+            # The real one waits for ten seconds before the second pod, and longer for the next.
+            if not active and now() not in {pod["metadata"]["creationTimestamp"] for pod in pods}:
                 self._server.store.create(
                     self._pods, namespace, _pod_of(job), dry_run=False, strict=False
                 )

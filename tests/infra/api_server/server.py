@@ -11,6 +11,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -46,6 +47,11 @@ class Rule:
     verb: str = ".*"
     resource: str = ".*"
     times: int | None = None
+    lose_answer: bool = False
+
+
+def _nothing(request: Request) -> None:
+    """It is the answer that is lost."""
 
 
 class DroppedError(Exception):
@@ -63,6 +69,8 @@ class Request:
     subresource: str
     query: dict[str, str]
     user: str
+    lost: bool = False
+    """The answer does not reach the client"""
 
     @property
     def what(self) -> str:
@@ -81,8 +89,12 @@ class PodLogs:
         nanoseconds = (
             f"{stamp:%Y-%m-%dT%H:%M:%S}.{stamp.microsecond:06d}{time.time_ns() % 1000:03d}Z"
         )
+        self.append(namespace, pod, nanoseconds, line)
+
+    def append(self, namespace: str, pod: str, stamp: str, line: str) -> None:
+        """A line with a stamp of one's own."""
         with self.changed:
-            self._lines.setdefault((namespace, pod), []).append((nanoseconds, line))
+            self._lines.setdefault((namespace, pod), []).append((stamp, line))
             self.changed.notify_all()
 
     def lines(self, namespace: str, pod: str) -> list[tuple[str, str]]:
@@ -108,6 +120,10 @@ class ApiServer:
     store: Store = field(default_factory=Store)
     logs: PodLogs = field(default_factory=PodLogs)
     stopped: threading.Event = field(default_factory=threading.Event)
+    create_pod_fault: RefusedError | None = None
+    """What the controller of Jobs meets when it makes a pod"""
+    watching: set[socket.socket] = field(default_factory=set)
+    connected: set[socket.socket] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         handler = type("Handler", (_Handler,), {"api": self})
@@ -131,6 +147,7 @@ class ApiServer:
         self._http.shutdown()
         self._http.server_close()
         self._thread.join()
+        _shut(self.connected)
 
     def kubeconfig(self, path: Path, namespace: str = "metaloom", token: str = TOKEN) -> Path:
         config = {
@@ -169,6 +186,14 @@ class ApiServer:
 
         self.rules.append(Rule(answer, verb, resource, times))
 
+    def lose_answers(self, verb: str, resource: str, times: int) -> None:
+        """Do what matching requests ask for, and cut the connection instead of answering."""
+        self.rules.append(Rule(_nothing, verb, resource, times, lose_answer=True))
+
+    def cut_watches(self) -> None:
+        """Break the connections of all watches that go on."""
+        _shut(self.watching)
+
     def throttle(self, verb: str, resource: str, seconds: int, times: int) -> None:
         self.refuse(verb, resource, throttled(seconds), times)
 
@@ -186,10 +211,17 @@ class ApiServer:
                 if rule.times <= 0:
                     continue
                 rule.times -= 1
+            request.lost = rule.lose_answer
             rule.answer(request)
 
     def is_denied(self, verb: str, what: str) -> bool:
         return any(re.fullmatch(v, verb) and re.fullmatch(w, what) for v, w in self.denied)
+
+
+def _shut(connections: set[socket.socket]) -> None:
+    for connection in list(connections):
+        with suppress(OSError):
+            connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Server(ThreadingHTTPServer):
@@ -205,6 +237,13 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = 0
     disable_nagle_algorithm = True
+
+    def handle(self) -> None:
+        self.api.connected.add(self.connection)
+        try:
+            super().handle()
+        finally:
+            self.api.connected.discard(self.connection)
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: what was asked is in `requests`."""
@@ -345,6 +384,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._log(request)
         else:
             code, body = self._write_or_get(request)
+            if request.lost:
+                raise DroppedError
             self._send(code, body)
 
     def _write_or_get(self, request: Request) -> tuple[int, Object]:
@@ -495,6 +536,7 @@ class _Handler(BaseHTTPRequestHandler):
         for item in present:
             self._chunk(json.dumps({"type": "ADDED", "object": item}).encode() + b"\n")
         bookmarks = query.get("allowWatchBookmarks") in ("1", "true")
+        self.api.watching.add(self.connection)
         try:
             for event in store.watch(
                 request.resource,
@@ -514,6 +556,8 @@ class _Handler(BaseHTTPRequestHandler):
         except RefusedError as refused:
             event = {"type": "ERROR", "object": refused.body()}
             self._chunk(json.dumps(event).encode() + b"\n")
+        finally:
+            self.api.watching.discard(self.connection)
         self._chunk(b"")
 
     def _hung_up(self) -> bool:
