@@ -149,7 +149,7 @@ class DriftRules(Section):
     """Share of looks at steady traffic that may call it drift."""
     least_queries: PositiveInt = 200
     """With fewer nothing is said."""
-    least_learners: float = Field(default=50.0, ge=10)
+    least_learners: float = Field(default=30.0, ge=10)
     """With fewer, counted as if all were asked alike often, nothing is said."""
     least_distance: float = Field(default=0.1, ge=0, le=1)
     """Kolmogorov-Smirnov distance below which a shift is too small to matter, however certain."""

@@ -18,7 +18,7 @@ from pipeline import __version__
 from pipeline.core.errors import MachineError
 from pipeline.deploy.serve import problems
 from pipeline.deploy.serve.desk import Desk
-from pipeline.deploy.serve.drift import Traffic
+from pipeline.deploy.serve.drift import LOOKS_PER_WRITE, WRITE_SECONDS, Traffic
 from pipeline.deploy.serve.export import archive, media_type
 from pipeline.deploy.serve.fleet import Fleet
 from pipeline.deploy.serve.forms import read
@@ -80,7 +80,8 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     )
     watch = Watch(settings.budget, on_spent=fleet.withdraw, on_answer=measures.judged)
     replicas = Replicas(engine)
-    traffic = Traffic(engine, replicas.name)
+    write_seconds = min(WRITE_SECONDS, LOOKS_PER_WRITE * settings.poll_seconds)
+    traffic = Traffic(engine, replicas.name, write_seconds)
     measures.registry.register(traffic)
     service = Service(
         settings=settings,

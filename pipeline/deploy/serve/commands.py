@@ -89,13 +89,15 @@ def settings_from(config: Path | None) -> ServeSettings:
 def say_status(registry: Registry, config: Path | None, *, as_json: bool) -> None:
     """Print what the services of a database tell, beside what the registry wants."""
     _require_extra()
+    from pipeline.deploy.drift import DriftRules, drift_in
     from pipeline.deploy.serve.learners import open_database
     from pipeline.deploy.serve.replicas import Replicas
     from pipeline.deploy.serve.status import as_text, status_of
 
     settings = settings_from(config)
-    seen = Replicas(open_database(settings.database)).all()
-    found = status_of(registry, seen, settings)
+    engine = open_database(settings.database)
+    seen = Replicas(engine).all()
+    found = status_of(registry, seen, settings, lambda b: drift_in(engine, b, DriftRules()))
     print(json.dumps(found, indent=2) if as_json else as_text(found))
 
 

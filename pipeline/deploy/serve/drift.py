@@ -34,7 +34,7 @@ from pipeline.deploy.serve.model import Version
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 KEPT_DAYS = 60
-_WRITE_SECONDS = 60.0
+WRITE_SECONDS, LOOKS_PER_WRITE = 60.0, 6
 _KEPT = 8
 """Versions that are remembered."""
 _LOWEST = {"similarity": -1.0, "confidence": 0.0}
@@ -141,7 +141,7 @@ class Seen:
         return self._shapes[key]
 
 
-@dataclass
+@dataclass(eq=False)
 class Traffic(Collector):
     """Every version's traffic in this process: counts alone, nothing that was sent.
 
@@ -150,13 +150,15 @@ class Traffic(Collector):
 
     engine: sa.Engine
     replica: str
-    write_seconds: float = _WRITE_SECONDS
+    write_seconds: float = WRITE_SECONDS
     _seen: dict[str, Seen] = field(default_factory=dict)
     """By bundle, the latest last"""
     _told: set[str] = field(default_factory=set)
     """Bundles whose reference is in the database"""
     _written: float = 0.0
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _writing: threading.Lock = field(default_factory=threading.Lock)
+    """Who ends the service writes too, maybe beside the thread that looks"""
 
     def serves(self, version: Version) -> None:
         """It is the champion from now on."""
@@ -177,7 +179,8 @@ class Traffic(Collector):
 
     def _of(self, version: Version) -> Seen:
         bundle = version.ref.bundle
-        seen = self._seen[bundle] = self._seen.pop(bundle, None) or Seen(version)
+        seen = self._seen.pop(bundle) if bundle in self._seen else Seen(version)
+        self._seen[bundle] = seen
         for old in list(self._seen)[:-_KEPT]:
             del self._seen[old]
         return seen
@@ -192,8 +195,12 @@ class Traffic(Collector):
         Raises:
             MachineError: the database does not answer; nothing is lost, the next call tries again.
         """
-        if not at_once and time.monotonic() - self._written < self.write_seconds:
-            return
+        with self._writing:
+            if at_once or time.monotonic() - self._written >= self.write_seconds:
+                self._write()
+                self._written = time.monotonic()
+
+    def _write(self) -> None:
         with self._lock:
             self._add_up()
             references = {b: s.reference for b, s in self._seen.items() if b not in self._told}
@@ -214,7 +221,6 @@ class Traffic(Collector):
                     if bundle in self._seen:
                         self._seen[bundle].unwritten.add(day)
             raise
-        self._written = time.monotonic()
         self._forget_bygone_days()
 
     def _tell(self, bundle: str, reference: Reference | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pipeline.deploy.serve.messages import ModelRef, ReplicaTold, Tally
@@ -11,6 +11,7 @@ from pipeline.deploy.serve.replicas import Seen
 from pipeline.deploy.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
+    from pipeline.deploy.drift import DriftTold
     from pipeline.deploy.registry import Registry
 
 _LATE_LOOKS, _LATE_SECONDS = 3, 10.0
@@ -18,8 +19,16 @@ _LATE_LOOKS, _LATE_SECONDS = 3, 10.0
 _ROLES = ("champion", "challenger")
 
 
-def status_of(registry: Registry, seen: Sequence[Seen], settings: ServeSettings) -> dict[str, Any]:
+def status_of(
+    registry: Registry,
+    seen: Sequence[Seen],
+    settings: ServeSettings,
+    drift: Callable[[str], DriftTold] | None = None,
+) -> dict[str, Any]:
     """Everything that is known, for programs.
+
+    Args:
+        drift: what is known of a bundle's traffic.
 
     Raises:
         RegistryError: the registry does not answer.
@@ -43,7 +52,17 @@ def status_of(registry: Registry, seen: Sequence[Seen], settings: ServeSettings)
         ],
         "totals": {role: _total(own, role, aliases.get(role)) for role in _ROLES},
         "share": max((one.told.share for one in own), default=0.0),
+        "drift": _drift(registry, aliases.get("champion"), drift),
     }
+
+
+def _drift(
+    registry: Registry, number: int | None, drift: Callable[[str], DriftTold] | None
+) -> dict[str, Any] | None:
+    """Of the champion's traffic; None where nothing is asked or nobody is champion."""
+    if number is None or drift is None:
+        return None
+    return drift(registry.version(number).digest).as_json()
 
 
 def _is_of(name: str, told: ReplicaTold) -> bool:
@@ -93,6 +112,9 @@ def as_text(found: dict[str, Any]) -> str:
                 told += f", agrees in {total['agreement']:.1%} of {total['compared']:,}"
         serves = f"in {total['replicas']} of {len(found['replicas'])} replicas"
         lines.append(f"  {role:<11} version {number} {serves}: {told}")
+    if told := found["drift"]:
+        verdict = told["verdict"].replace("_", " ")
+        lines += _wrapped(f"drift       {verdict}: {told['why']}", "  ", " " * 14)
     if latest := found["latest"]:
         lines.append(f"  latest      {latest['kind']} to version {latest['champion']}")
         who = f"{latest['at'][:19]} by {latest['by']}"
@@ -109,7 +131,8 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _wrapped(text: str, indent: str) -> list[str]:
+def _wrapped(text: str, indent: str, further: str | None = None) -> list[str]:
+    further = indent if further is None else further
     return textwrap.wrap(
-        text, 80, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        text, 80, initial_indent=indent, subsequent_indent=further, break_on_hyphens=False
     )
