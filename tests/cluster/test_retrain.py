@@ -214,6 +214,7 @@ def test_nights_with_and_without_new_data(small: Small) -> None:
     assert small.told()["state"] == "no_change"  # the merge is nothing new
 
 
+@pytest.mark.slow
 def test_code_is_reason_enough_and_the_policy_is_none(small: Small) -> None:
     small.told()
     small.settings(min_new_examples=5)
@@ -224,6 +225,7 @@ def test_code_is_reason_enough_and_the_policy_is_none(small: Small) -> None:
     assert small.told()["state"] == "promoted"
 
 
+@pytest.mark.slow
 def test_what_is_not_promoted_is_reported_and_fails_where_the_policy_says_so(small: Small) -> None:
     small.write("pipeline/wish.json", '"bad"')
     small.commit("bad")
@@ -260,6 +262,7 @@ def test_a_stage_that_fails_is_told_of_and_leaves_no_branch(small: Small) -> Non
     assert [one["retraining"]["state"] for one in heard] == ["failed"]
 
 
+@pytest.mark.slow
 def test_a_source_that_is_away_changes_nothing(small: Small) -> None:
     small.told()
     shutil.move(small.source, f"{small.source}-away")
@@ -292,6 +295,7 @@ def test_from_a_repository_somewhere_else(small: Small, tmp_path: Path) -> None:
             bring_repository(strange, tmp_path / "strange")
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_overlap(small: Small) -> None:
     small.write("pipeline/wish.json", '"wait"')
     small.commit("slow")
@@ -340,9 +344,7 @@ def test_killed_at_every_step_and_run_again_it_ends_the_same(small: Small, tmp_p
     small.add("b", 4)
     expected = {"state": "promoted", "new_examples": {"train": 4, "val": 0, "test": 0}}
     total = _calls_of_a_night(tmp_path, small)
-    places = (
-        range(1, total + 1) if is_full() else sorted({2, total // 3, 2 * total // 3, total - 1})
-    )
+    places = range(1, total + 1) if is_full() else [total // 2, total - 1]
     killed = 0
     for place in places:
         folder = tmp_path / f"try-{place}"

@@ -341,7 +341,7 @@ def bring_repository(url: str, folder: Path) -> Path:
     root = folder / "repository"
     if not (root / ".git").is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        git(folder, "-c", "protocol.ext.allow=never", "clone", "--quiet", "--", url, str(root))
+        git(folder, "clone", "--quiet", "--", url, str(root))
     git(root, "fetch", "--quiet", "--prune", "origin")
     return root
 
