@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from pipeline.cluster.clone import Clone, branch_tip, changed_files, check_branch, is_output
@@ -13,11 +13,16 @@ from pipeline.core.errors import MachineError, PipelineError, StoppedError
 
 
 def compute(
-    clone: Clone, environment: Mapping[str, str], remote: str | None, *, push: bool
+    clone: Clone,
+    environment: Mapping[str, str],
+    remote: str | None,
+    *,
+    push: bool,
+    listen: Callable[[str], None] | None = None,
 ) -> None:
     """As `repro`; stages that were finished before one failed are shared all the same."""
     try:
-        repro(clone, environment, pull=remote is not None)
+        repro(clone, environment, pull=remote is not None, listen=listen)
     except (StoppedError, KeyboardInterrupt):
         raise  # whoever asked for it does not wait for an upload
     except PipelineError as error:

@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -21,9 +22,17 @@ from pipeline.core.errors import MachineError, StoppedError
 
 GRACE_SECONDS = 60.0
 """How long a stage that was asked to stop may take for its checkpoint."""
+_LAST_WORDS_SECONDS = 5.0
+"""A recorder that outlives its stage holds the pipe open."""
 
 
-def repro(clone: Clone, environment: Mapping[str, str], *, pull: bool) -> None:
+def repro(
+    clone: Clone,
+    environment: Mapping[str, str],
+    *,
+    pull: bool,
+    listen: Callable[[str], None] | None = None,
+) -> None:
     """Bring a clone up to date, with what its cache and its remote hold.
 
     With `--pull`, DVC leaves a stage alone whose output is kept nowhere and whose inputs have not
@@ -31,30 +40,41 @@ def repro(clone: Clone, environment: Mapping[str, str], *, pull: bool) -> None:
 
     Args:
         pull: whether there is a remote; without one `--pull` fails even where the cache has all.
+        listen: hears each line that is printed.
 
     Raises:
         MachineError: a stage failed.
         StoppedError: this process was asked to stop; stages had time for a checkpoint.
     """
     if pull:
-        _run(clone, ["repro", "--pull", *clone.arguments], environment)
+        _run(clone, ["repro", "--pull", *clone.arguments], environment, listen)
     if not pull or not any(argument.startswith("-") for argument in clone.arguments):
-        _run(clone, ["repro", *clone.arguments], environment)
+        _run(clone, ["repro", *clone.arguments], environment, listen)
 
 
-def _run(clone: Clone, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+def _run(
+    clone: Clone,
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    listen: Callable[[str], None] | None,
+) -> None:
     process = subprocess.Popen(
         dvc_command(*arguments),
         cwd=clone.folder,
         env=_environment(clone, environment),
         stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno(),  # standard output is for the result
+        # Standard output is for the result.
+        stdout=sys.stderr.fileno() if listen is None else subprocess.PIPE,
+        stderr=None if listen is None else subprocess.STDOUT,
         process_group=0,
     )
+    hearing = _heard(process, listen) if listen is not None else None
     with _passed_on(process.pid) as received:
         status = process.wait()
         if received:
             _wait_for_workers(clone.folder)
+    if hearing is not None:
+        hearing.join(_LAST_WORDS_SECONDS)
     if signal.SIGINT in received:
         raise KeyboardInterrupt
     if received:
@@ -68,6 +88,22 @@ def _run(clone: Clone, arguments: Sequence[str], environment: Mapping[str, str])
             "printed says why. If the machine was at fault, run the same command again: it goes "
             "on there. If the commit is, mend it in a new commit."
         )
+
+
+def _heard(process: subprocess.Popen[bytes], listen: Callable[[str], None]) -> threading.Thread:
+    """Pass on what a process prints, line by line."""
+    pipe = process.stdout
+    assert pipe is not None
+
+    def hear() -> None:
+        for line in pipe:
+            sys.stderr.buffer.write(line)
+            sys.stderr.buffer.flush()
+            listen(line.decode(errors="replace").rstrip("\n"))
+
+    thread = threading.Thread(target=hear, daemon=True, name="heard")
+    thread.start()
+    return thread
 
 
 def _environment(clone: Clone, extra: Mapping[str, str]) -> dict[str, str]:

@@ -7,12 +7,14 @@ import os
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from pipeline.core.errors import ConfigError
+from pipeline.core.config import load_value
+from pipeline.core.errors import ConfigError, RegistryError
 from pipeline.deploy.commands import AsJson
+from pipeline.deploy.serve import commands
 
 
 class Because(StrEnum):
@@ -39,6 +41,7 @@ def retrain(
     remote: Annotated[
         str | None, typer.Option(help="Git remote to push the branch on to, with --local.")
     ] = None,
+    config: commands.Config = None,
     as_json: AsJson = False,
 ) -> None:
     """Learn anew from what is new, and promote the result if the gate lets it.
@@ -48,12 +51,15 @@ def retrain(
     branch `retrain/<date>` holds the new lock, the metrics and a report of what changed, what the
     candidate gained and lost, the decision and the cost. Section `retrain` of params.yaml is the
     policy: how much must be new, what it may cost, who is told. Killed, it goes on where it was.
+    With --because drift it ends at once unless the served traffic has drifted, which it reads from
+    the services' database (--config names the file that they were started with).
 
     \b
       metaloom retrain --local
       git show retrain/2026-11-29:results/retrain/report.md
       metaloom retrain --repository https://example.org/team/models.git --commit main
     """
+    from pipeline.cluster.kube.driving import driving
     from pipeline.cluster.retrain.night import Request, bring_repository, commit_of
     from pipeline.cluster.retrain.night import retrain as go
     from pipeline.launch.base import num_workers_from_environment
@@ -67,10 +73,34 @@ def retrain(
     if repository is not None:
         root = bring_repository(repository, work)
         request = replace(request, commit=commit_of(root, commit), remote="origin")
-    environment = {
-        "MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri(root)
-    }
-    outcome = go(root, request, environment=environment)
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri(root)
+    if because is Because.drift and (steady := _no_drift(root, config)):
+        print(json.dumps(steady, indent=2) if as_json else steady["reason"])
+        return
+    with driving() as listen:
+        outcome = go(root, request, environment={"MLFLOW_TRACKING_URI": uri}, listen=listen)
     print(json.dumps(outcome.as_json(), indent=2) if as_json else outcome.summary())
     if outcome.fails:
         raise typer.Exit(1)
+
+
+def _no_drift(root: Path, config: Path | None) -> dict[str, Any] | None:
+    """Why drift is no reason to retrain; None where the champion's traffic has drifted."""
+    from pipeline.deploy.drift import served_drift
+    from pipeline.deploy.registry import Registry
+
+    model = load_value(root / "params.yaml", "deploy.model_name", str)
+    domain = load_value(root / "params.yaml", "preprocess.domain", str)
+    registry = Registry(root, f"{model}-{domain}")
+    champion = registry.aliases().get("champion")
+    if champion is None:
+        raise RegistryError(f"{registry.name} has no champion yet, whose traffic could drift.")
+    settings = commands.settings_from(config)
+    found = served_drift(settings.database, registry.version(champion).digest)
+    if found.verdict == "drift":
+        return None
+    return {
+        "state": "steady",
+        "reason": f"Nothing to do. Traffic of version {champion}: {found.verdict}. {found.why}.",
+        "drift": found.as_json(),
+    }

@@ -282,7 +282,7 @@ def test_from_a_repository_somewhere_else(small: Small, tmp_path: Path) -> None:
     names = small.do("git", "--git-dir", str(origin), "branch", "--list", "retrain/*")
     assert told["branch"] in names
     # Another machine finds the branch of the first one.
-    other = small.told(*wanted[:-1], str(tmp_path / "other"), METALOOM_RUN="other")
+    other = small.told(*wanted[:-1], str(tmp_path / "other"))
     assert (other["state"], small.num_runs()) == ("no_change", 1)
     assert other["branch"] == f"origin/{told['branch']}"
     missing = small.retrain(

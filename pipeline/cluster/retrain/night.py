@@ -7,7 +7,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,6 +99,7 @@ class _Night:
     data_remote: str | None
     environment: Mapping[str, str]
     begin: float
+    listen: Callable[[str], None] | None
     notes: list[str] = field(default_factory=list)
 
     def told(
@@ -132,7 +133,11 @@ class _Night:
 
 
 def retrain(
-    root: Path, request: Request, *, environment: Mapping[str, str] | None = None
+    root: Path,
+    request: Request,
+    *,
+    environment: Mapping[str, str] | None = None,
+    listen: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Retrain on what is new since the last time, if anything is; one process at a time.
 
@@ -140,6 +145,10 @@ def retrain(
     the digest of its inputs. Killed at any moment and started again, it ends as if it had not been:
     the clone is taken up again, training goes on from its checkpoint, a bundle that is registered
     is not registered anew, and a branch that is there ends the run.
+
+    Args:
+        environment: set for the stages.
+        listen: hears each line that they print.
 
     Raises:
         PipelineError: a stage, git, DVC or a data source failed; the webhook has been told.
@@ -159,6 +168,7 @@ def retrain(
             data_remote=default_remote(clone.folder),
             environment=environment or {},
             begin=time.time(),
+            listen=listen,
         )
         try:
             outcome = _go(night)
@@ -182,7 +192,7 @@ def _go(night: _Night) -> Outcome:
     if done := _done_before(night, inputs):
         return done
     first = replace(night.clone, arguments=("preprocess",))
-    compute(first, night.environment, night.data_remote, push=False)
+    compute(first, night.environment, night.data_remote, push=False, listen=night.listen)
     description = describe(folder, inputs)
     before = _last(night.root)
     changes = compare(description, before)
@@ -191,7 +201,9 @@ def _go(night: _Night) -> Outcome:
         return _end(night, night.told("too_few", reason, data=changes))
     try:
         with _budget(night.policy.budget_seconds(night.request.num_workers)) as over:
-            compute(night.clone, night.environment, night.data_remote, push=True)
+            compute(
+                night.clone, night.environment, night.data_remote, push=True, listen=night.listen
+            )
     except StoppedError:
         if not over.is_set():
             raise

@@ -1,0 +1,76 @@
+"""What a driver in a pod does beside its work: it holds the Lease, and shows how far it is."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.cluster.kube.connect import connect, in_cluster
+from pipeline.cluster.kube.lease import Held, single_flight
+
+_STAGE = re.compile(r"^(?:Running stage|Stage) '([^']+)'")
+_MOST = 4096
+"""Longer lines are no progress."""
+
+
+@contextmanager
+def driving() -> Iterator[Callable[[str], None] | None]:
+    """Be the only driver of this namespace while the body runs; outside a pod there is no need.
+
+    Yields:
+        What is to hear each line that the run prints; None outside a cluster.
+
+    Raises:
+        HeldError: another run is at work.
+        MachineError: the API server refuses.
+    """
+    if not in_cluster():
+        yield None
+        return
+    run = run_of(socket.gethostname())
+    with single_flight(connect(), run) as held:
+        yield Listener(run, held)
+
+
+def run_of(pod: str) -> str:
+    """The Job of a pod, whose name is the Job's with five characters behind it."""
+    return pod.rpartition("-")[0] or pod
+
+
+class Listener:
+    """Hears what DVC and the stages print; shows stage, step and rate on the Lease."""
+
+    def __init__(self, run: str, held: Held) -> None:
+        self._run, self._held = run, held
+        self._stage = ""
+        self._ended = False
+
+    def __call__(self, line: str) -> None:
+        """One line of output."""
+        if self._held.lost and not self._ended:
+            self._ended = True
+            os.kill(os.getpid(), signal.SIGTERM)  # no two may work at once
+        if found := _STAGE.match(line):
+            self._stage = found[1]
+            self._held.note({"run": self._run, "stage": self._stage})
+        elif record := _progress(line):
+            self._held.note({"run": self._run, "stage": self._stage, **record})
+
+
+def _progress(line: str) -> dict[str, Any] | None:
+    """A line of a stage's progress, in the words of `metaloom cluster status`."""
+    if not line.startswith('{"event"') or len(line) > _MOST:
+        return None
+    try:
+        record = json.loads(line)
+        told = {"step": int(record["done"]), "num_steps": int(record["total"])}
+    except (ValueError, KeyError, TypeError):
+        return None
+    rate = record.get("tasks_per_second")
+    return told if rate is None else {**told, "tasks_per_second": rate}
