@@ -38,6 +38,12 @@ class Measures:
         self.serving = Gauge(
             "metaloom_serving", "1 for the version that serves.", ["role", "version"], **own
         )
+        self.accuracy = Gauge(
+            "metaloom_champion_accuracy",
+            "Mean accuracy on the test episodes of a setting, as the champion was evaluated.",
+            ["version", "setting"],
+            **own,
+        )
         self.judged_answers = Counter(
             "metaloom_answers_total",
             "Answers of a version: answered, failed; in the shadow: agreed, differed.",
@@ -62,6 +68,10 @@ class Measures:
             if labels["role"] == role:
                 self.serving.remove(role, labels["version"])
         self.serving.labels(role, str(version.ref.version)).set(1)
+        if role == "champion":
+            self.accuracy.clear()
+            for setting, numbers in version.bundle.evaluation.items():
+                self.accuracy.labels(str(version.ref.version), setting).set(numbers["accuracy"])
 
     def text(self) -> bytes:
         """In Prometheus's own format."""

@@ -1,0 +1,1 @@
+"""Alerts and a dashboard for what the service tells Prometheus."""
