@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -23,13 +22,14 @@ from pipeline.core.errors import (
     StorageError,
     TrainingError,
 )
-from pipeline.core.files import fsync_folder, write_bytes
+from pipeline.core.files import write_bytes
 from pipeline.core.ray_cluster import ray_cluster
 from pipeline.launch.base import Job
 from pipeline.launch.local import WORKER_ENVIRONMENT, prepare, stop_asked, stopped_as_asked
+from pipeline.launch.outputs import fetch_output
 from pipeline.launch.ray_desk import ask, open_desk, watched, went_away
 from pipeline.runtime.context import timeout_from_environment
-from pipeline.runtime.storage import Storage, storage_from_environment
+from pipeline.runtime.storage import storage_from_environment
 
 _PASSED_ON = ("METALOOM_STORAGE", "METALOOM_TIMEOUT_SECONDS")
 """By the desk: what Ray sets for a process it writes into its logs, and a run's arguments into its
@@ -223,7 +223,7 @@ def _bring_home(job: Job, stored: str | None) -> None:
     for index, target in enumerate(job.outputs):
         name = f"{stored}/{index}"
         with _explained(storage.uri, stored):
-            _fetch(storage, name, target)
+            fetch_output(storage, name, target)
         try:
             storage.remove(name)
         except OSError as error:
@@ -233,20 +233,3 @@ def _bring_home(job: Job, stored: str | None) -> None:
                 "well and does not need it. Delete it.",
                 file=sys.stderr,
             )
-
-
-def _fetch(storage: Storage, name: str, target: Path) -> None:
-    """Download and check one output beside its place, then rename it: never mixed with an old one.
-
-    The scratch folder's name is one that `new_folder` clears away if this process is killed.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.building-"
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=prefix) as scratch:
-        sealed = Path(scratch) / "sealed"
-        storage.get(name, sealed)
-        content = sealed / "content"  # of a folder that was not sealed itself
-        if target.exists():
-            os.replace(target, Path(scratch) / "old")
-        os.replace(content if content.is_dir() else sealed, target)
-    fsync_folder(target.parent)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 import traceback
@@ -20,7 +18,7 @@ from ray import train
 from ray.train import UserCallback
 
 from pipeline.core.errors import ConfigError, PipelineError, StoppedError
-from pipeline.core.files import MANIFEST, new_folder
+from pipeline.launch.outputs import put_outputs
 from pipeline.launch.worker import resolve
 from pipeline.runtime.context import joined_context
 from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
@@ -199,13 +197,5 @@ def _send_home(loop: Mapping[str, Any]) -> str | None:
             "mounted disk)."
         )
     name = f"outputs/{uuid.uuid4().hex}"
-    for index, output in enumerate(outputs):
-        if (output / MANIFEST).is_file():
-            storage.put(output, f"{name}/{index}")
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            sealed = Path(scratch) / str(index)
-            with new_folder(sealed, kind="output") as building:
-                shutil.copytree(output, building / "content")
-            storage.put(sealed, f"{name}/{index}")
+    put_outputs(storage, outputs, name)
     return name

@@ -20,6 +20,7 @@ from pipeline.launch.base import (
     max_restarts_from_environment,
     num_workers_from_environment,
 )
+from pipeline.launch.kubernetes_job import launch_kubernetes
 from pipeline.launch.local import launch_local
 from pipeline.launch.ray_train import launch_ray_train
 from pipeline.launch.torchrun import launch_torchrun
@@ -28,6 +29,7 @@ LAUNCHERS: Mapping[str, Launcher] = {
     "local": launch_local,
     "ray_train": launch_ray_train,
     "torchrun": launch_torchrun,
+    "kubernetes": launch_kubernetes,
 }
 
 _FOLDER = Path(".metaloom/launch")

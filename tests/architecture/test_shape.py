@@ -41,8 +41,13 @@ def graph() -> grimp.ImportGraph:
 
 
 def package_folder(module: str) -> str:
-    """`pipeline.store.reader` -> `pipeline/store`; a stage is its own file."""
+    """`pipeline.store.reader` -> `pipeline/store`; a stage is its own file.
+
+    What talks to Kubernetes is apart: a change of how retraining runs need not train anew.
+    """
     parts = module.split(".")
+    if parts[:3] == ["pipeline", "cluster", "kube"]:
+        return "pipeline/cluster/kube"
     return f"stages/{parts[1]}.py" if parts[0] == "stages" else "/".join(parts[:2])
 
 
@@ -114,6 +119,8 @@ def test_heavy_libraries_live_in_one_place() -> None:
         "pipeline.deploy.mlflow_model",
     }
     assert imports_of(graph, "dvc") == set()
+    with_kubernetes = imports_of(graph, "kubernetes")
+    assert with_kubernetes and all("pipeline.cluster.kube." in name for name in with_kubernetes)
     assert not imports_of(graph, "pickle")
     with_ray = imports_of(graph, "ray")
     assert with_ray and all(name.rpartition(".")[2].startswith("ray_") for name in with_ray)
@@ -127,7 +134,7 @@ def test_heavy_libraries_live_in_one_place() -> None:
 
 BARE = """
 import sys
-for name in ("mlflow", "ray", "dvc", "PIL", "typer", "rich", "yaml", "psutil", "matplotlib", "fontTools"):
+for name in ("mlflow", "ray", "dvc", "PIL", "typer", "rich", "yaml", "psutil", "matplotlib", "fontTools", "kubernetes"):
     sys.modules[name] = None  # importing it fails, as where it is not installed
 import pipeline.engine.learner, pipeline.engine.meta_gradient, pipeline.engine.population
 import pipeline.training.meta_train, pipeline.training.pretrain, pipeline.evaluation.evaluate

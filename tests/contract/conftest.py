@@ -8,18 +8,30 @@ import pytest
 
 from pipeline.launch.base import Launcher
 from pipeline.launch.table import LAUNCHERS
-from tests.cluster.conftest import cluster_folder, ray_cluster
+from tests.cluster.conftest import cluster_folder, needs, ray_cluster
 from tests.contract.drive import drive
+from tests.infra.ray_cluster import training
 
-__all__ = ["cluster_folder", "ray_cluster"]
+__all__ = ["cluster_folder", "ray_cluster", "training"]
 
-ROWS = ["local", "torchrun", pytest.param("ray_train", marks=pytest.mark.cluster)]
+ROWS = [
+    "local",
+    "torchrun",
+    pytest.param("ray_train", marks=pytest.mark.cluster),
+    pytest.param("kubernetes", marks=pytest.mark.cluster),
+]
 every_launcher = pytest.mark.parametrize("name", ROWS)
 
 
 @pytest.fixture
 def launcher(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> Launcher:
     """A launcher; Ray's in a process of its own, since Ray reads its token once, on import."""
+    if name == "kubernetes":
+        needs("ray", "kubernetes")
+        told = request.getfixturevalue("training").environment
+        return lambda job, folder: drive(
+            name, job, folder, {**told, "METALOOM_NUM_WORKERS": str(job.num_workers)}
+        )
     if name != "ray_train":
         return LAUNCHERS[name]
     environment = request.getfixturevalue("ray_cluster").environment

@@ -24,7 +24,7 @@ ENTRIES = "tests.distributed.entries"
 
 def test_the_battery_is_complete() -> None:
     names = [row if isinstance(row, str) else row.values[0] for row in ROWS]
-    assert names == ["local", "torchrun", "ray_train"]
+    assert names == ["local", "torchrun", "ray_train", "kubernetes"]
     assert set(names) == set(LAUNCHERS)
 
 
@@ -35,6 +35,8 @@ def test_the_battery_is_complete() -> None:
         pytest.param("ray_train", 1, marks=[pytest.mark.cluster, pytest.mark.slow]),
         pytest.param("ray_train", 2, marks=pytest.mark.cluster),
         pytest.param("ray_train", 3, marks=[pytest.mark.cluster, pytest.mark.slow]),
+        pytest.param("kubernetes", 1, marks=[pytest.mark.cluster, pytest.mark.slow]),
+        pytest.param("kubernetes", 3, marks=[pytest.mark.cluster, pytest.mark.slow]),
     ],
 )
 def test_every_launcher_ends_with_the_same_bits(
@@ -71,6 +73,7 @@ RAY = [[pytest.mark.cluster], [pytest.mark.cluster, pytest.mark.slow], [pytest.m
     [
         *((name, *failure) for name in ("local", "torchrun") for failure in FAILURES),
         *(pytest.param("ray_train", *f, marks=m) for f, m in zip(FAILURES, RAY, strict=True)),
+        *(pytest.param("kubernetes", *f, marks=RAY[1]) for f in FAILURES),
     ],
 )
 def test_a_failure_names_its_worker_and_stops_the_others(
@@ -91,6 +94,8 @@ def test_workers_do_not_outlive_a_killed_driver(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     environment = {}
+    if name == "kubernetes":
+        pytest.skip("a driver that comes again finds its workers (test_kubernetes_launcher.py)")
     if name == "ray_train":
         environment = request.getfixturevalue("ray_cluster").environment
     job = Job(f"{ENTRIES}:hang_forever", Plan(rank=0, what=str(tmp_path)), 2)
