@@ -23,8 +23,9 @@ from infra.manifests.documents import (
 )
 from infra.manifests.planted import Mistake, findings, mistakes, rendered, spoil
 from infra.manifests.pods import pods
-from infra.manifests.rules.settings import TO_COME, is_module
 from infra.manifests.table import CUSTOM, RULES, check, rules
+from pipeline.cluster.kube.ray_jobs import ray_job_name, ray_job_of
+from pipeline.cluster.kube.retraining import job_of
 from pipeline.core.errors import ConfigError
 from tests.conftest import REPOSITORY
 
@@ -87,11 +88,6 @@ def test_a_folder_that_kustomize_refuses_is_named(tmp_path: Path) -> None:
         render(tmp_path)
 
 
-def test_what_is_still_to_come_is_not_there() -> None:
-    """When one of them is, drop it from TO_COME: the rule `commands` looks after it then."""
-    assert [name for name in TO_COME if is_module(name)] == []
-
-
 def test_without_the_definitions_their_tests_are_skipped_by_name(tmp_path: Path) -> None:
     which = ["-k", "test_custom_resources or custom-schema"]
     done = subprocess.run(
@@ -105,6 +101,40 @@ def test_without_the_definitions_their_tests_are_skipped_by_name(tmp_path: Path)
     wanted = len(NAMES) + sum(one.rule == CUSTOM for one in MISTAKES)
     assert done.returncode == 0 and f"{wanted} skipped" in done.stdout, done.stdout
     assert f"needs the definitions of KubeRay and Kueue in {tmp_path}" in done.stdout
+
+
+@pytest.mark.parametrize("overlay", [name for name in NAMES if name != "minimal"])
+def test_what_the_launcher_makes_of_the_template_is_right_too(overlay: str) -> None:
+    """Its RayJob, in the place of the template, passes every rule and the definition of KubeRay."""
+    template = one(overlay, "RayJob", "metaloom-train")
+    made = ray_job_of(
+        template,
+        ray_job_name("0123456789abcdef"),
+        entrypoint="python -m pipeline.launch.kubernetes_entry",
+        environment={"METALOOM_JOB": "0" * 32},
+        code="/workspace",
+    )
+    made["metadata"]["namespace"] = "metaloom"
+    documents = [made if d is template else d for d in rendered(overlay)]
+    assert [str(f) for _, f in check(documents, rules(CRDS if HAS_CRDS else None))] == []
+    assert look(made, "spec.suspend") is (True if overlay == "kueue" else None)
+    initial = [p for pod in pods([made]) for p in pod.containers if "initContainers" in p.where]
+    assert len(initial) == 2
+    for place in initial:
+        assert {"name": "METALOOM_JOB", "value": "0" * 32} in place.value["env"]
+
+
+@pytest.mark.parametrize("overlay", NAMES)
+def test_what_is_submitted_out_of_the_cron_job_is_right_too(overlay: str) -> None:
+    template = one(overlay, "CronJob", "metaloom-retrain")["spec"]["jobTemplate"]
+    made = job_of(template, "retrain-0123456789-01234567", commit="a" * 40, because="manual")
+    made["metadata"]["namespace"] = "metaloom"
+    assert [str(f) for _, f in check([*rendered(overlay), made], RULES)] == []
+    assert not {"METALOOM_COMMIT", "METALOOM_BECAUSE"} & {
+        entry["name"]
+        for entry in template["spec"]["template"]["spec"]["containers"][0]["env"]
+        if entry in made["spec"]["template"]["spec"]["containers"][0]["env"]
+    }
 
 
 # what the overlays are for
@@ -155,6 +185,7 @@ def test_only_the_driver_is_given_a_token_and_its_role_is_small() -> None:
         *(("rayjobs", verb) for verb in ("get", "list", "watch", "create", "delete")),
         *(("leases", verb) for verb in ("get", "update", "create")),
         *((thing, verb) for thing in ("pods", "pods/log") for verb in ("get", "list", "watch")),
+        ("events", "list"),
     }
 
 

@@ -34,7 +34,7 @@ def queue_links(documents: Documents) -> list[Finding]:
         queue = mapping(look(one, "metadata.annotations")).get(QUEUE)
         if queue is not None and named(documents, "LocalQueue", queue, namespace(one)) is None:
             found.append(_missing(f"{title(one)}: metadata.annotations", "LocalQueue", queue))
-        if _LABEL in mapping(look(one, "metadata.labels")):
+        if queue is not None and _LABEL in mapping(look(one, "metadata.labels")):
             what = f"the template has the label {_LABEL}, so Kueue would run it"
             found.append(Finding(title(one), what, f"Use the annotation {QUEUE}."))
     for one in of_kind(documents, "LocalQueue"):

@@ -152,7 +152,10 @@ def _group(group: Place, scales: bool) -> list[Finding]:
 
 
 def ray_workers(documents: Documents) -> list[Finding]:
-    """Training asks for no more workers than the groups have places for."""
+    """Training asks for no more workers than there are places, and finds one when it begins.
+
+    The launcher looks for GPUs then: without a worker it would find none, and train on CPUs.
+    """
     found = []
     for one in of_kind(documents, "RayJob"):
         cluster = Place("spec.rayClusterSpec", look(one, RAY_CLUSTERS["RayJob"]))
@@ -165,6 +168,9 @@ def ray_workers(documents: Documents) -> list[Finding]:
                 what = f"METALOOM_NUM_WORKERS is {asked}, and there is room for {places} pods"
                 mend = "Set it to `least:most`, with most no more than maxReplicas together."
                 found.append(Finding(f"{title(one)}: {head.where}", what, mend))
+        if not any(int(p.value) for p in find(cluster.value, "workerGroupSpecs[].minReplicas")):
+            what = "no worker is there when training begins"
+            found.append(Finding(f"{title(one)}: {cluster.where}", what, "Set minReplicas to 1."))
     return found
 
 

@@ -31,6 +31,7 @@ _REPOSITORY = Path(__file__).parents[3]
 OF_OTHERS: Mapping[str, str] = {
     "HOME": "every program",
     "USER": "every program",
+    "PYTHONPATH": "Python",
     "DVC_SITE_CACHE_DIR": "dvc",
     "GIT_CONFIG_GLOBAL": "git",
     "PGSERVICEFILE": "libpq",
@@ -46,8 +47,6 @@ OF_OTHERS: Mapping[str, str] = {
 """Which are not read by our code, but by that of others."""
 AS_ARGUMENTS = ("METALOOM_REPOSITORY", "METALOOM_COMMIT", "METALOOM_BECAUSE")
 """Only for `$(NAME)` in a command."""
-TO_COME = ("pipeline.launch.workspace",)
-"""Modules that pods run and that are not written yet (issue 6, the launcher `kubernetes`)."""
 _NAME = re.compile(r"\b(?:METALOOM|MLFLOW|AWS|RAY|OTEL|DVC|NCCL|GLOO)_[A-Z0-9_]+\b")
 _VARIABLE = re.compile(r"\$\(([^)]*)\)")
 _LAUNCHERS = ("local", "torchrun", "ray_train", "kubernetes")
@@ -97,10 +96,17 @@ def commands(documents: Documents) -> list[Finding]:
             words = [_filled_in(str(part), seen) for part in parts]
             if words[:1] == ["metaloom"]:
                 found += [Finding(where, *wrong) for wrong in _of_metaloom(words[1:])]
-            is_ours = words[:2] == ["python", "-m"] and words[2] not in TO_COME
-            if is_ours and not is_module(words[2]):
-                found.append(Finding(where, f"there is no module {words[2]}", "Correct the name."))
+            found += _of_python(where, words)
+    for one in of_kind(documents, "RayJob"):
+        words = str(look(one, "spec.entrypoint", "")).split()
+        found += _of_python(f"{title(one)}: spec.entrypoint", words)
     return found
+
+
+def _of_python(where: str, words: list[str]) -> list[Finding]:
+    if words[:2] != ["python", "-m"] or (len(words) > 2 and _is_module(words[2])):
+        return []
+    return [Finding(where, f"there is no module {' '.join(words[2:3])}", "Correct the name.")]
 
 
 def _filled_in(word: str, seen: Mapping[str, str]) -> str:
@@ -145,8 +151,7 @@ def _choices(annotation: Any) -> tuple[str, ...]:
     return tuple(str(one.value) for one in annotation) if is_enum else ()
 
 
-def is_module(name: str) -> bool:
-    """Whether it can be imported."""
+def _is_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
     except ImportError:
