@@ -65,7 +65,7 @@ def metaloom(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         with pytest.raises(SystemExit) as ended:
             run_main(app)
         out, err = capsys.readouterr()
-        assert (ended.value.code or 0) == status, err
+        assert (ended.value.code or 0) == status, out + err
         assert "Traceback" not in err
         return out if status == 0 else out + err
 
@@ -327,7 +327,7 @@ TROUBLES = {
                 }
             ]
         },
-        r"placeholder of the manifests.*kustomize edit set image",
+        r"placeholder of the manifests.*under images:",
     ),
     "secret": (
         {
@@ -537,18 +537,15 @@ def test_a_preview_that_is_out_of_date_is_not_applied(cluster: Cluster) -> None:
 
 def healthy(cluster: Cluster) -> None:
     """All that the two manifests name, with an image that exists."""
-    made = cluster.apply_retraining()
-    ready = json.dumps(manifest("train.yaml", "RayJob"))
-    cluster.kube.create(RAY_JOBS, json.loads(ready))
-    del made
+    cluster.apply_retraining()
+    cluster.kube.create(RAY_JOBS, manifest("train.yaml", "RayJob"))
     for name in ("metaloom-git", "metaloom-s3", "metaloom-mlflow", "metaloom-ray-token"):
         cluster.kube.create(SECRETS, typed(SECRETS, {"metadata": {"name": name}}))
     settings = manifest("settings.yaml", "ConfigMap")
     settings["data"]["METALOOM_REPOSITORY"] = "https://git.internal/team/models.git"
     cluster.kube.create(CONFIG_MAPS, settings)
-    cluster.kube.create(
-        CONFIG_MAPS, typed(CONFIG_MAPS, {"metadata": {"name": "metaloom-git-config"}})
-    )
+    for name in ("metaloom-git-config", "metaloom-serve"):
+        cluster.kube.create(CONFIG_MAPS, typed(CONFIG_MAPS, {"metadata": {"name": name}}))
     for name in ("metaloom-train", "metaloom-train-head"):
         cluster.kube.create(SERVICE_ACCOUNTS, typed(SERVICE_ACCOUNTS, {"metadata": {"name": name}}))
 
@@ -614,6 +611,31 @@ def test_the_doctor_finds_what_is_missing(broken: str, cluster: Cluster, metaloo
     problems = [line for line in told.splitlines() if line.startswith("PROBLEM")]
     assert any(line.startswith(f"PROBLEM {name}") for line in problems), told
     assert mend in told.partition(f"PROBLEM {name}")[2].splitlines()[1]
+
+
+def test_the_doctor_asks_for_no_ray_where_the_driver_trains_itself(
+    cluster: Cluster, metaloom: Command
+) -> None:
+    server = cluster.ours
+    healthy(cluster)
+    cluster.kube.delete(RAY_JOBS, "metaloom-train")
+    server.resources = [r for r in server.resources if r.group != "ray.io"]
+    found = cluster.kube.get(CRON_JOBS, RETRAIN)
+    driver = found["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
+    for entry in driver["env"]:
+        if entry["name"] == "METALOOM_LAUNCHER":
+            entry["value"] = "local"
+    cluster.kube.replace(CRON_JOBS, found)
+    assert "PROBLEM" not in metaloom("doctor")
+
+
+def test_the_doctor_knows_the_placeholder_image(cluster: Cluster, metaloom: Command) -> None:
+    healthy(cluster)
+    found = cluster.kube.get(CRON_JOBS, RETRAIN)
+    driver = found["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0]
+    driver["image"] = "metaloom-train@sha256:" + "0" * 64
+    cluster.kube.replace(CRON_JOBS, found)
+    assert "PROBLEM CronJob" in metaloom("doctor", status=1)
 
 
 def test_the_doctor_counts_gpus(cluster: Cluster) -> None:

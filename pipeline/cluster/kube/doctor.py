@@ -25,7 +25,7 @@ from pipeline.cluster.kube.kinds import (
     Kind,
 )
 from pipeline.cluster.kube.lease import holder_of
-from pipeline.cluster.kube.references import Finding, check_references, images
+from pipeline.cluster.kube.references import Finding, check_references, having, images
 
 _OLDEST = (1, 27)
 """The first in which a CronJob's timeZone is stable."""
@@ -53,10 +53,12 @@ def examine(kube: Kube) -> list[Finding]:
     findings += _permissions(kube)
     cron = _look(kube, CRON_JOBS, RETRAIN)
     findings.append(_template("CronJob", RETRAIN, cron))
-    findings += _resources(kube)
-    train = _look(kube, RAY_JOBS, TRAIN) if findings[-1].ok else None
-    if findings[-1].ok:
-        findings.append(_template("RayJob", TRAIN, train))
+    train = None
+    if cron is None or _trains_in_ray_jobs(cron):
+        findings += _resources(kube)
+        if findings[-1].ok:
+            train = _look(kube, RAY_JOBS, TRAIN)
+            findings.append(_template("RayJob", TRAIN, train))
     for item in (cron, train):
         findings += check_references(kube, item, _APPLY) if item else []
     findings += _storage(kube)
@@ -64,6 +66,12 @@ def examine(kube: Kube) -> list[Finding]:
     findings += _queue(kube, train)
     findings.append(_flight(kube))
     return list(dict.fromkeys(findings))
+
+
+def _trains_in_ray_jobs(cron: Mapping[str, Any]) -> bool:
+    """Unless the driver trains in its own pod, as in the overlay `minimal`."""
+    told = [e for c in having(cron, "env") for e in c["env"] if e["name"] == "METALOOM_LAUNCHER"]
+    return any(entry.get("value") == "kubernetes" for entry in told)
 
 
 def _look(kube: Kube, kind: Kind, name: str) -> dict[str, Any] | None:
@@ -114,7 +122,7 @@ def _template(kind: str, name: str, item: Mapping[str, Any] | None) -> Finding:
         return Finding(False, kind, f"{name} is missing, or we may not read it", _APPLY)
     zeros = [image for image in images(item) if image.endswith("0" * 64)]
     if zeros:
-        mend = "kustomize edit set image metaloom-train=REGISTRY/metaloom-train@sha256:..."
+        mend = "set your image's digest under images: in your overlay (docs/kubernetes-pods.md)"
         return Finding(False, kind, f"{name}: {zeros[0][:50]} is the placeholder image", mend)
     state = ""
     if kind == "CronJob":

@@ -48,8 +48,8 @@ def _waiting(
         why = (pulls[-1] if pulls else words)[:300].rstrip(".")
         zeros = "0" * 64 in image or "0" * 64 in why
         mend = (
-            "It is the placeholder of the manifests: set your image's digest with `kustomize edit "
-            "set image`"
+            "It is the placeholder of the manifests: set your image's digest under images: in your "
+            "overlay (docs/kubernetes-pods.md)"
             if zeros
             else "Look whether it was pushed, and at imagePullSecrets if the registry wants a login"
         )
