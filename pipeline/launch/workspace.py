@@ -40,6 +40,8 @@ JOB = "METALOOM_JOB"
 WORKSPACE = "METALOOM_WORKSPACE"
 _OUTSIDE = ".outside"
 _SETTINGS = ("params.yaml", "dvc.yaml")
+_OF_THE_DRIVER = ("num_workers", "min_workers", "max_restarts")
+"""Differ between machines, and change nothing of what is computed: no part of a job's name."""
 _DIGITS = 32
 _CODE_IS_WHOLE = ".code-is-whole"
 
@@ -80,7 +82,10 @@ def pack(job: Job, storage: Storage) -> Packed:
             "code": _put_code(storage),
             "inputs": {name: _put_input(storage, path) for name, path in sorted(inputs.items())},
         }
-        packed = Packed(sha256_bytes(canonical_json(spec).encode())[:_DIGITS])
+        own = {k: v for k, v in spec.items() if k not in _OF_THE_DRIVER}
+        packed = Packed(sha256_bytes(canonical_json(own).encode())[:_DIGITS])
+        if "spec" in storage.names(packed.folder):
+            return packed
         with tempfile.TemporaryDirectory() as scratch:
             with new_folder(Path(scratch) / "spec", kind="job") as folder:
                 write_json(folder / "job.json", spec)

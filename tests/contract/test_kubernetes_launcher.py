@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from pipeline.cluster.kube.kinds import RAY_JOBS, TRAIN
 from pipeline.core.errors import ConfigError, DataError, MachineError, StoppedError, TrainingError
 from pipeline.launch.base import Job
 from pipeline.launch.kubernetes_entry import progress_in
+from pipeline.launch.live import Live, append_points
 from pipeline.launch.workspace import Packed, pack, place, unpack
 from pipeline.runtime.context import SINGLE
 from pipeline.runtime.journal import read_points
@@ -23,14 +25,14 @@ from pipeline.runtime.storage import Storage
 from pipeline.store.reader import Store, open_store
 from pipeline.training.meta_train import MetaTrainJob
 from pipeline.training.meta_train import run as run_meta_training
-from tests.cluster.conftest import needs
+from tests.cluster.conftest import cluster_folder, needs, s3
 from tests.contract.drive import drive, outcome, start
 from tests.distributed.entries import Plan
 from tests.distributed.small_run import digest, make_job, write_pretrained
 from tests.infra.kube_cluster import eventually
 from tests.infra.ray_cluster import TrainingCluster, training
 
-__all__ = ["training"]
+__all__ = ["cluster_folder", "s3", "training"]
 ENTRIES = "tests.distributed.entries"
 META_TRAIN = "pipeline.training.meta_train:run"
 with_ray = pytest.mark.cluster
@@ -109,6 +111,41 @@ def test_the_same_job_has_the_same_name_and_is_sent_once(clone: Path, tmp_path: 
         p: p.stat().st_mtime_ns for p in (tmp_path / "store").rglob("*") if p.is_file()
     } == times
     assert pack(launched(relative_job(clone, num_steps=13)), storage) != first
+    assert pack(launched(relative_job(clone), num_workers=7), storage) == first, (
+        "a driver that comes again on a larger machine finds its job"
+    )
+
+
+@pytest.mark.parametrize("where", ["a mounted disk", pytest.param("S3", marks=pytest.mark.cluster)])
+def test_what_a_run_tells_arrives_in_order_through(
+    where: str, clone: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The journal, the progress and the wish to stop; both sides may begin again."""
+    if where == "S3":
+        told = request.getfixturevalue("s3").environment
+        os.environ.update({k: v for k, v in told.items() if k.startswith("AWS_")})
+        storage = Storage(f"{told['METALOOM_S3']}/live-{os.getpid()}")
+    else:
+        storage = Storage((tmp_path / "store").as_uri())
+    packed = pack(launched(relative_job(clone)), storage)
+    assert unpack(storage, packed, tmp_path / "pod").entry == META_TRAIN
+    pod, driver = Live(storage, packed), Live(storage, packed)
+    assert driver.progress() == {} and not pod.asked_to_stop() and not list(driver.take_points())
+
+    def line(step: int) -> bytes:
+        return json.dumps({"step": step, "time": 0.0, "metrics": {"loss": 0.5}}).encode() + b"\n"
+
+    pod.send_piece(line(1) + line(2))
+    pod.tell_progress({"done": 2})
+    assert append_points(driver.take_points(), Path("j.jsonl")) == 2
+    Live(storage, packed).send_piece(line(3))  # a second attempt
+    driver.ask_to_stop()
+    assert append_points(driver.take_points(), Path("j.jsonl")) == 1
+    assert [point.step for point, _ in read_points(Path("j.jsonl"))] == [1, 2, 3]
+    assert driver.progress() == {"done": 2} and pod.asked_to_stop()
+    assert [point.step for point in Live(storage, packed).take_points()] == [1, 2, 3]
+    driver.clear()
+    assert not pod.asked_to_stop() and pod.progress() == {}
 
 
 def test_an_altered_input_is_not_given_a_name(clone: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from pipeline.cluster.kube.errors import ApiError, BusyError, UnreachableError
 from pipeline.cluster.kube.kinds import CONFIG_MAPS, JOBS, PODS, RAY_JOBS
 from pipeline.cluster.kube.watch import changes_of, watch
 from pipeline.core.errors import ConfigError, MachineError
-from tests.infra.api_server.server import DroppedError
+from tests.infra.api_server.certificates import certificate
+from tests.infra.api_server.server import TOKEN, DroppedError
 from tests.infra.api_server.status import RefusedError, over_quota
 from tests.infra.kube_cluster import Cluster, api_server, cluster, eventually, typed
 
@@ -217,3 +218,23 @@ def test_a_missing_crd(cluster: Cluster) -> None:
     server.resources = [r for r in server.resources if r.group != "ray.io"]
     with pytest.raises(ApiError, match=r"does not know the resource rayjobs.*KubeRay operator"):
         cluster.kube.get(RAY_JOBS, "a")
+
+
+def test_a_pod_uses_its_service_account(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = cluster.ours
+    public, _ = certificate()
+    for name, content in (("token", TOKEN), ("namespace", cluster.namespace)):
+        (tmp_path / name).write_text(content)
+    (tmp_path / "ca.crt").write_bytes(public)
+    monkeypatch.delenv("KUBECONFIG")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
+    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", str(server.port))
+    monkeypatch.setattr("pipeline.cluster.kube.connect._MOUNTED_NAMESPACE", tmp_path / "namespace")
+    mounted = "kubernetes.config.incluster_config.SERVICE"
+    monkeypatch.setattr(f"{mounted}_TOKEN_FILENAME", str(tmp_path / "token"))
+    monkeypatch.setattr(f"{mounted}_CERT_FILENAME", str(tmp_path / "ca.crt"))
+    kube = connect()
+    assert kube.namespace == cluster.namespace
+    assert kube.create(CONFIG_MAPS, config_map("a"))["metadata"]["uid"]

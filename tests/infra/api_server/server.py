@@ -285,8 +285,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> None:
         parts = urlsplit(self.path)
         query = {k: v[-1] for k, v in parse_qs(parts.query, keep_blank_values=True).items()}
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        if token != TOKEN:
+        scheme, _, token = (self.headers.get("Authorization") or "").partition(" ")
+        if scheme.lower() != "bearer" or token != TOKEN:
             raise unauthorized()
         pieces = [unquote(piece) for piece in parts.path.strip("/").split("/")]
         if self._discovery(pieces):
