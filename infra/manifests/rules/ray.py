@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
@@ -28,60 +29,39 @@ def ray_jobs(documents: Documents) -> list[Finding]:
     found = []
     for one in of_kind(documents, "RayJob"):
         spec = mapping(one.get("spec"))
-        mode = spec.get("submissionMode", "K8sJobMode")
-        shuts = spec.get("shutdownAfterJobFinishes") is True
-        checks = (
-            (
-                not shuts and spec.get("ttlSecondsAfterFinished"),
-                "ttlSecondsAfterFinished needs shutdownAfterJobFinishes",
-                "Set it to true.",
-            ),
-            (
-                not shuts and spec.get("suspend"),
-                "suspend needs shutdownAfterJobFinishes",
-                "Set it to true.",
-            ),
-            (
-                shuts and not spec.get("ttlSecondsAfterFinished"),
-                "without ttlSecondsAfterFinished its logs go at once",
-                "Set 600 or so.",
-            ),
-            (
-                mode == "K8sJobMode" and not spec.get("submitterPodTemplate"),
-                "KubeRay's own submitter pod is not `restricted`, and is refused",
-                "Write submitterPodTemplate.",
-            ),
-            (
-                mode == "SidecarMode"
-                and (spec.get("submitterPodTemplate") or spec.get("submitterConfig")),
-                "SidecarMode knows no submitter pod",
-                "Drop submitterPodTemplate and submitterConfig.",
-            ),
-            (
-                mode == "InteractiveMode" and spec.get("backoffLimit"),
-                "InteractiveMode knows no retries",
-                "Drop backoffLimit.",
-            ),
-            (
-                not str(spec.get("entrypoint") or "").strip() and mode != "InteractiveMode",
-                "it has no entrypoint",
-                "Write one.",
-            ),
-            (
-                spec.get("clusterSelector") and spec.get("rayClusterSpec"),
-                "it has a cluster of its own and selects another",
-                "Drop clusterSelector.",
-            ),
-            (
-                not isinstance(_yaml(spec.get("runtimeEnvYAML", "")), dict),
-                "runtimeEnvYAML is no mapping in YAML",
-                "Correct it.",
-            ),
-        )
-        found += [
-            Finding(f"{title(one)}: spec", what, mend) for wrong, what, mend in checks if wrong
-        ]
+        wrong = [*_ending(spec), *_submission(spec)]
+        found += [Finding(f"{title(one)}: spec", what, mend) for what, mend in wrong]
     return found
+
+
+def _ending(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    shuts = spec.get("shutdownAfterJobFinishes") is True
+    lives = spec.get("ttlSecondsAfterFinished")
+    if lives and not shuts:
+        yield "ttlSecondsAfterFinished needs shutdownAfterJobFinishes", "Set it to true."
+    if spec.get("suspend") and not shuts:
+        yield "suspend needs shutdownAfterJobFinishes", "Set it to true."
+    if shuts and not lives:
+        yield "without ttlSecondsAfterFinished its logs go at once", "Set 600 or so."
+    if spec.get("clusterSelector") and spec.get("rayClusterSpec"):
+        yield "it has a cluster of its own and selects another", "Drop clusterSelector."
+
+
+def _submission(spec: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    mode = spec.get("submissionMode", "K8sJobMode")
+    submitter = spec.get("submitterPodTemplate")
+    if mode == "K8sJobMode" and not submitter:
+        what = "KubeRay's own submitter pod is not `restricted`, and is refused"
+        yield what, "Write submitterPodTemplate."
+    if mode == "SidecarMode" and (submitter or spec.get("submitterConfig")):
+        mend = "Drop submitterPodTemplate and submitterConfig."
+        yield "SidecarMode knows no submitter pod", mend
+    if mode == "InteractiveMode" and spec.get("backoffLimit"):
+        yield "InteractiveMode knows no retries", "Drop backoffLimit."
+    if mode != "InteractiveMode" and not str(spec.get("entrypoint") or "").strip():
+        yield "it has no entrypoint", "Write one."
+    if not isinstance(_yaml(spec.get("runtimeEnvYAML", "")), dict):
+        yield "runtimeEnvYAML is no mapping in YAML", "Correct it."
 
 
 def _yaml(text: Any) -> Any:
