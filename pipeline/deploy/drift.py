@@ -32,7 +32,7 @@ Ints: TypeAlias = npt.NDArray[np.int64]
 SIGNALS = ("similarity", "confidence")
 BINS = 20
 NUM_SIGNS = 128
-_NUM_DRAWS = 10_000
+_NUM_DRAWS = 4_000
 _TESTS = 4
 """Two numbers for each of two signals: each gets its part of the false alarms"""
 _SUMS_TO_ONE = 1e-3

@@ -27,8 +27,8 @@ _WAYS, _SHOTS = (2, 3, 4, 5, 6, 8, 10, 12, 15, 20), (1, 2, 3, 4, 5, 7, 10)
 """Shapes of support set that a reference has, as far as the episodes go"""
 _LEAST_QUERIES = 5
 """Of a class, that are left where others are taken for support"""
-_QUERIES_PER_SHAPE = 4000
-_LEAST_EPISODES, _SLOW_EPISODES = 40, 20
+_QUERIES_PER_SHAPE = 3000
+_LEAST_EPISODES, _SLOW_EPISODES = 20, 20
 _ROWS_PER_PASS = 16
 _DIGITS = 6
 
