@@ -44,7 +44,7 @@ IMAGES: Mapping[str, Image] = {
     for image in (
         Image(
             name="train",
-            extras=("track", "s3", "ray", "kubernetes", "glyphs", "sign"),
+            extras=("track", "s3", "ray", "kubernetes", "glyphs", "sign", "serve", "postgres"),
             torch="",
             machines=("x86_64", "aarch64"),
         ),
