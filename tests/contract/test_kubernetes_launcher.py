@@ -236,6 +236,7 @@ def test_it_ends_with_the_bits_of_a_plain_call(training: TrainingCluster, clone:
 
 
 @with_ray
+@pytest.mark.slow
 def test_the_commit_s_own_code_runs(training: TrainingCluster, tmp_path: Path) -> None:
     needs("ray")
     job = Job("tests.infra.entries:where", Plan(rank=0, what=""), 2)
@@ -277,6 +278,7 @@ def test_a_stop_while_it_waits_takes_the_job_away(
 
 
 @with_ray
+@pytest.mark.slow
 def test_a_job_that_is_deleted_under_way_resumes(training: TrainingCluster, clone: Path) -> None:
     needs("ray")
     plain = relative_job(clone, num_steps=60, target="models/plain")
@@ -313,6 +315,7 @@ def test_a_driver_that_is_killed_finds_its_job_again(
 
 
 @with_ray
+@pytest.mark.slow
 def test_a_stop_ends_behind_a_checkpoint_and_goes_on(
     training: TrainingCluster, clone: Path
 ) -> None:
@@ -332,6 +335,7 @@ def test_a_stop_ends_behind_a_checkpoint_and_goes_on(
 
 
 @with_ray
+@pytest.mark.slow
 def test_a_pod_that_dies_is_made_again(training: TrainingCluster, clone: Path) -> None:
     """KubeRay makes a new cluster; training goes on from the checkpoint in the object store."""
     needs("ray")

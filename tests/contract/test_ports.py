@@ -17,6 +17,7 @@ _EVERYWHERE = {
     "local": 0,  # its workers meet in a file
     "torchrun": 2,  # the agent's rendezvous, and its workers' store
     "ray_train": 1,  # the first worker's store
+    "kubernetes": 1,  # the same, in a pod
 }
 """Sockets that take connections at all addresses, as torch's TCPStore does wherever it is bound."""
 
@@ -28,12 +29,14 @@ def test_what_listens_while_a_run_trains(
     environment = {}
     if name == "ray_train":
         environment = request.getfixturevalue("ray_cluster").environment
+    if name == "kubernetes":
+        environment = request.getfixturevalue("training").environment
     plan = Plan(rank=0, what=str(tmp_path))
     driver = start(
         name, Job("tests.distributed.entries:hang_forever", plan, 2), tmp_path / "job", environment
     )
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while len(pids := list(tmp_path.glob("*.pid"))) < 2:
             assert time.monotonic() < deadline, (tmp_path / "job" / "drive.log").read_text()
             time.sleep(0.05)

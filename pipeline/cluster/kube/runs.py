@@ -94,9 +94,19 @@ def _run(kube: Kube, job: Mapping[str, Any], progress: Mapping[str, Any], now: f
         step=None if step is None else int(step),
         num_steps=None if steps is None else int(steps),
         tasks_per_second=pace,
-        eta_seconds=_number(progress.get("eta_seconds")),
+        eta_seconds=_seconds_left(progress, step, steps, pace),
         trouble=trouble or (why_failed(job) if state == "failed" else None) or None,
     )
+
+
+def _seconds_left(
+    progress: Mapping[str, Any], step: float | None, steps: float | None, pace: float | None
+) -> float | None:
+    """As the stage says; else from its rate: what it counts as steps are tasks."""
+    told = _number(progress.get("eta_seconds"))
+    if told is not None or step is None or steps is None or not pace:
+        return told
+    return round((steps - step) / pace, 1)
 
 
 def pods_of(kube: Kube, job: Mapping[str, Any]) -> list[dict[str, Any]]:
