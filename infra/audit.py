@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, date, datetime
@@ -134,7 +135,7 @@ def _unsafe(one: Found) -> str:
 
 
 def _not_audited(missing: Mapping[str, str]) -> list[str]:
-    reasons = sorted({reason.partition(f": {name} ")[0] for name, reason in missing.items()})
+    reasons = sorted({re.sub(r": [\w.-]+ \([^)]*\)$", "", reason) for reason in missing.values()})
     names = ", ".join(sorted(missing)[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
     return [
         f"NOT AUDITED: {len(missing)} packages ({names}), so this is no all-clear.",
