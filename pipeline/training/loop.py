@@ -76,7 +76,8 @@ class OuterConfig(Section):
     checkpoint_every: PositiveInt = 20
     """Steps between checkpoints: the most that a killed run loses."""
     spike_factor: Annotated[float, Gt(1)] = 100.0
-    """A gradient this many times the median of the last 32 is a spike."""
+    """A gradient this many times the median of the last 32 is a spike, if it is longer than
+    max_gradient_norm besides."""
     on_spike: Literal["skip", "stop"] = "skip"
     """skip: back to the last checkpoint, then on without the groups that did it. stop: the end."""
     on_non_finite: Literal["skip", "stop"] = "stop"
@@ -206,7 +207,10 @@ def _incident(
     kind, groups = NON_FINITE, step.bad_groups()
     if not groups:
         recent = at.norms
-        limit = config.spike_factor * statistics.median(recent) if recent else 0.0
+        median = statistics.median(recent) if recent else 0.0
+        # What is not even clipped does no harm: where nearly all is learned, sound tasks differ by
+        # more than any factor.
+        limit = max(config.spike_factor * median, config.max_gradient_norm)
         if len(recent) < _SPIKE_WINDOW or step.norm <= limit:
             return None
         # No mean is longer than its longest part, so there is one; but for rounding, at the limit.

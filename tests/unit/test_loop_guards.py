@@ -265,6 +265,15 @@ def test_a_long_clean_run_raises_no_false_alarm(tmp_path: Path) -> None:
         train(tmp_path / "b", Quadratic(noise=3.0), **rough)
 
 
+def test_a_gradient_that_is_not_even_clipped_is_no_spike(tmp_path: Path) -> None:
+    """Where nearly all is learned, the recent ones are next to nothing, and a sound one is not."""
+    program = Quadratic({(43, 1): 1e5})
+    state = train(tmp_path / "a", program, on_spike="stop", max_gradient_norm=1e6)
+    assert (state.progress.rollbacks, state.progress.step) == (0, 60)
+    with pytest.raises(TrainingError, match="a spike at step 43"):
+        train(tmp_path / "b", program, on_spike="stop", max_gradient_norm=1e3)
+
+
 def test_training_stops_early_and_says_why(tmp_path: Path) -> None:
     values = iter([0.5, 0.7, 0.6, 0.6, 0.65, 0.9])
     state = train(tmp_path, Quadratic(), lambda learner, step: (next(values), learner), patience=3)
