@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import queue
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -230,8 +232,6 @@ def _ask(run: _Run) -> dict[str, Any] | None:
 
 
 def _outcome(run: _Run) -> dict[str, Any]:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as scratch:
         run.storage.get(run.packed.at("result"), Path(scratch) / "result")
         found: dict[str, Any] = read_json(Path(scratch) / "result" / OUTCOME)
@@ -297,21 +297,16 @@ def _bring_home(run: _Run, outcome: dict[str, Any], job: Job, folder: Path) -> A
     return outcome["result"]
 
 
-class _explained:  # noqa: N801
+@contextmanager
+def _explained(storage: Storage) -> Iterator[None]:
     """An OSError of the store, said in a way that tells how to go on."""
-
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            raise StorageError(
-                f"{self._storage.uri} does not answer: {error}. Mend that, then run the same "
-                "command again: it goes on where it was."
-            ) from None
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{storage.uri} does not answer: {error}. Mend that, then run the same command again: "
+            "it goes on where it was."
+        ) from None
 
 
 def _clear(run: _Run) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cluster.kube.errors import BusyError, UnreachableError, refusal
-from pipeline.cluster.kube.kinds import Kind, Object
+from pipeline.cluster.kube.kinds import REVIEWS, Kind, Object
 
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 30.0
@@ -119,8 +119,6 @@ class Kube:
             **({"subresource": subresource} if subresource else {}),
             **({"namespace": self.namespace} if kind.namespaced else {}),
         }
-        from pipeline.cluster.kube.kinds import REVIEWS
-
         body = {
             "apiVersion": REVIEWS.api_version,
             "kind": REVIEWS.kind,
