@@ -86,7 +86,9 @@ def test_an_incident_is_kept_before_the_run_ends(
 ) -> None:
     """Keeping it takes the main worker longer than an exchange may; the other one waits for it."""
     monkeypatch.setenv("METALOOM_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
-    job = make_job(tmp_path, blob_store, blob_tasks, spike_factor=1.01, max_gradient_norm=1e-3, on_spike="stop")
+    job = make_job(
+        tmp_path, blob_store, blob_tasks, spike_factor=1.01, max_gradient_norm=1e-3, on_spike="stop"
+    )
     plan = Slow(job=job, rank=0, seconds=5.0, what="incident")
     with pytest.raises(TrainingError, match="metaloom replay ") as caught:
         launch_local(Job("tests.distributed.broken:slowed", plan, 2), tmp_path / "launch")
@@ -100,7 +102,9 @@ def test_the_last_checkpoint_is_uploaded_before_a_guard_ends_the_run(
 ) -> None:
     """The main worker's upload takes two seconds; the other one raises the same error meanwhile."""
     monkeypatch.setenv("METALOOM_STORAGE", (tmp_path / "store").as_uri())
-    job = make_job(tmp_path, blob_store, blob_tasks, spike_factor=1.01, max_gradient_norm=1e-3, on_spike="stop")
+    job = make_job(
+        tmp_path, blob_store, blob_tasks, spike_factor=1.01, max_gradient_norm=1e-3, on_spike="stop"
+    )
     plan = Slow(job=job, rank=0, seconds=2.0, what="uploads")
     with pytest.raises(TrainingError, match="metaloom replay "):
         launch_local(Job("tests.distributed.broken:slowed", plan, 2), tmp_path / "launch")

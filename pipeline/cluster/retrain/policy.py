@@ -24,7 +24,7 @@ class RetrainConfig(Section):
 
     min_new_examples: NonNegativeInt = 1
     """New training examples that a retraining needs, where neither code nor parameters changed."""
-    max_hours: PositiveFloat = 12.0
+    max_hours: PositiveFloat = 6.0
     """Wall-clock hours; a run that takes longer is stopped behind a checkpoint and reported."""
     max_worker_hours: PositiveFloat | None = None
     """Hours times workers (times GPUs, where each worker has one); none: no such limit."""

@@ -1,4 +1,4 @@
-"""The service as KubeRay's RayService starts it: an application with arguments, by its import path."""
+"""The service as KubeRay's RayService starts it: by its import path, with arguments."""
 
 from __future__ import annotations
 
