@@ -14,8 +14,8 @@ import grimp
 import pytest
 import yaml
 
-from pipeline.core.config import Section
 from pipeline.cluster.retrain.policy import RetrainConfig
+from pipeline.core.config import Section
 from pipeline.deploy.release import DeployConfig
 from pipeline.evaluation.evaluate import EvaluateConfig
 from pipeline.store.build import PreprocessConfig

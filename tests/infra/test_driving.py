@@ -14,6 +14,7 @@ def test_stage_step_and_rate_come_from_what_is_printed() -> None:
     listen("Running stage 'meta_train':")
     assert json.loads(held.progress())["stage"] == "meta_train"
     line = {"event": "meta_train", "done": 8, "total": 64, "tasks_per_second": 2.5, "loss": 1.0}
+    line["eta_seconds"] = 22.4
     for noise in (json.dumps(line), '{"event": torn', '{"event": "x", "done": "?"}', "x" * 9999):
         listen(noise)
     told = json.loads(held.progress())
@@ -24,6 +25,7 @@ def test_stage_step_and_rate_come_from_what_is_printed() -> None:
         "step": 8,
         "num_steps": 64,
         "tasks_per_second": 2.5,
+        "eta_seconds": 22.4,
     }
 
 

@@ -72,5 +72,5 @@ def _progress(line: str) -> dict[str, Any] | None:
         told = {"step": int(record["done"]), "num_steps": int(record["total"])}
     except (ValueError, KeyError, TypeError):
         return None
-    rate = record.get("tasks_per_second")
-    return told if rate is None else {**told, "tasks_per_second": rate}
+    rest = ("tasks_per_second", "eta_seconds")
+    return {**told, **{key: record[key] for key in rest if record.get(key) is not None}}
