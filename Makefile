@@ -30,7 +30,7 @@ repro: $(STAMP)  ## from nothing to a promoted model: runs every stage that has 
 	metaloom release
 
 test: $(STAMP)  ## the whole test suite, apart from the long campaigns
-	python -m pytest -m 'not slow and not cluster and not chaos' --numprocesses 2 --dist loadfile --ignore tests/cluster --ignore tests/chaos
+	python -m pytest -m 'not slow and not cluster and not chaos' --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/cluster --ignore tests/chaos
 
 test-slow: $(STAMP)  ## the long campaigns
 	python -m pytest -m 'slow and not cluster and not chaos'
@@ -42,7 +42,7 @@ cluster-down:  ## stop them; their data stays in .metaloom/cluster
 	if [ -x $(BIN)/python ]; then python -m infra.local down; fi
 
 test-cluster: $(CLUSTER_STAMP)  ## tests against those servers, and of what may break
-	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/contract tests/cluster tests/chaos --numprocesses 2 --dist loadfile -m '(cluster or chaos)$(if $(filter full,$(SIZE)),, and not slow)'
+	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/contract tests/cluster tests/chaos --numprocesses 2 --dist loadfile --no-loadscope-reorder -m '(cluster or chaos)$(if $(filter full,$(SIZE)),, and not slow)'
 
 chaos: $(CLUSTER_STAMP)  ## break everything (SIZE=full: the nightly size): results/chaos.json
 	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/chaos tests/cluster/test_hosts.py
