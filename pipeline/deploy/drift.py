@@ -36,6 +36,8 @@ _NUM_DRAWS = 4_000
 _TESTS = 4
 """Two numbers for each of two signals: each gets its part of the false alarms"""
 _SUMS_TO_ONE = 1e-3
+_LIKE = 1.5
+"""Ratio of the ways times ratio of the shots, up to which two shapes are alike"""
 
 
 class Reference(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -357,7 +359,11 @@ def added_up(rows: Sequence[str], num_shapes: int) -> Counts:
     return total
 
 
-def nearest_shape(shapes: Sequence[tuple[int, int]], ways: int, shots: float) -> int:
-    """The shape that is the most like a support set, by the ratios of both numbers."""
+def nearest_shape(shapes: Sequence[tuple[int, int]], ways: int, shots: float) -> int | None:
+    """The shape that is the most like a support set, by the ratios of both numbers.
+
+    None where even that is too far: ranks among its queries would be shifted without any drift.
+    """
     ratios = [abs(math.log(ways / w)) + abs(math.log(shots / s)) for w, s in shapes]
-    return ratios.index(min(ratios))
+    best = min(ratios)
+    return ratios.index(best) if best <= math.log(_LIKE) else None

@@ -237,7 +237,8 @@ def test_a_query_is_counted_where_it_belongs(version: Version, tmp_path: Path) -
     for i in range(50):
         told = predictions([(-0.95, 0.99), (0.05, 0.51)])
         traffic.answered(version, f"learner {i}", 2, told)
-    traffic.answered(version, "the ends", 10, predictions([(1.0, 1.0), (-1.0, 0.0)], ways=5))
+    traffic.answered(version, "the ends", 5, predictions([(1.0, 1.0), (-1.0, 0.0)], ways=5))
+    traffic.answered(version, "like none", 50, predictions([(0.0, 0.5)], ways=5))
     traffic.write(at_once=True)
     counts = counts_in(traffic)
     expected = np.zeros((2, BINS), int)

@@ -265,8 +265,9 @@ def test_counts_come_back_from_their_text_and_others_are_refused() -> None:
 
 def test_the_nearest_shape_goes_by_ratios() -> None:
     shapes = [(2, 1), (5, 1), (5, 5), (20, 1)]
-    found = [nearest_shape(shapes, *one) for one in ((2, 1), (4, 1.5), (5, 4.0), (12, 1), (20, 20))]
-    assert found == [0, 1, 2, 3, 2]
+    found = [nearest_shape(shapes, *one) for one in ((2, 1), (4, 1.1), (5, 4.0), (15, 1))]
+    assert found == [0, 1, 2, 3]
+    assert [nearest_shape(shapes, *one) for one in ((20, 5), (10, 1), (5, 9))] == [None] * 3
 
 
 # A real model of real pictures

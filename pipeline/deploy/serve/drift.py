@@ -71,7 +71,7 @@ class Seen:
         self.ranks = np.zeros((len(SIGNALS), BINS), np.int64)
         self.days: dict[str, Counts] = {}
         self.unwritten: set[str] = set()
-        self._shapes: dict[tuple[int, int], int] = {}
+        self._shapes: dict[tuple[int, int], int | None] = {}
         self._waiting: list[_Request] = []
         if self.reference is not None:
             edges = (
@@ -110,10 +110,14 @@ class Seen:
             self._rank(requests, values_2n)
 
     def _rank(self, requests: list[_Request], values_2n: Floats) -> None:
+        """Add up the ranks of the queries to support sets that the reference has the like of."""
         num = len(requests)
         sizes = [len(request.similarities) for request in requests]
-        own_R = np.array([self._shape(request.ways, request.examples) for request in requests])
-        shape_n, request_n = np.repeat(own_R, sizes), np.repeat(np.arange(num), sizes)
+        found = [self._shape(request.ways, request.examples) for request in requests]
+        shape_n = np.repeat([-1 if shape is None else shape for shape in found], sizes)
+        like = shape_n >= 0
+        shape_n, values_2n = shape_n[like], values_2n[:, like]
+        request_n = np.repeat(np.arange(num), sizes)[like]
         ranks_R2B = np.empty((num, len(SIGNALS), BINS), np.int64)
         for i, values in enumerate(values_2n):
             # The edges of all shapes in one row, each shape's apart from those of the others.
@@ -134,7 +138,7 @@ class Seen:
         ):
             np.add(array, more, out=array)
 
-    def _shape(self, ways: int, examples: int) -> int:
+    def _shape(self, ways: int, examples: int) -> int | None:
         key = (ways, examples)
         if key not in self._shapes:
             self._shapes[key] = nearest_shape(self.shapes, ways, examples / ways)
