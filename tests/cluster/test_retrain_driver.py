@@ -131,7 +131,7 @@ def killed_at(team: Team, work: Path, mark: str) -> bool:
     "marks",
     [
         pytest.param([f"Running stage '{name}'" for name in STAGES], marks=pytest.mark.slow),
-        ['"event": "meta_train"', "Updating lock file 'dvc.lock'\n"],
+        ['"event": "meta-train', "Updating lock file 'dvc.lock'\n"],
     ],
     ids=["each stage", "training"],
 )
