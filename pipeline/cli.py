@@ -46,7 +46,7 @@ app = typer.Typer(
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Look at this machine: what is there, what is missing, how to mend it.
+    """Say what this machine has and lacks, and how to mend it.
 
     Ends with status 1 if something keeps the pipeline from running.
     """
@@ -75,9 +75,9 @@ app.command()(retrain)
 
 @app.command()
 def rollback(model: Model = None, as_json: AsJson = False) -> None:
-    """Make the champion before this one serve again, if it is still whole.
+    """Make the champion before this one serve again.
 
-    Doing it twice goes two champions back.
+    It must still be whole. Doing it twice goes two champions back.
     """
     from pipeline.deploy.registry import Registry
 
@@ -96,7 +96,7 @@ def lineage(
     model: Model = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say where a version came from, or which versions came from something.
+    """Say where a version came from, or what came of something.
 
     \b
       metaloom lineage 3         its commit, data, seeds, runs, decision
@@ -111,7 +111,7 @@ def lineage(
 
 @app.command()
 def upload(as_json: AsJson = False) -> None:
-    """Send what MLflow and the object store did not take while runs went on, each thing once.
+    """Send what MLflow and the object store did not take, each once.
 
     A stage goes on without MLflow and keeps its points and its settings in .metaloom/journal.
     This sends them, in the run that was begun if there is one, and may be stopped and run again.
@@ -156,7 +156,7 @@ def run(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run a commit in a clone of its own; its results come back as a branch to merge.
+    """Run a commit in a clone; its results come back as a branch.
 
     The working tree stays free to go on working in. What this machine's DVC cache or the DVC
     remote holds is not computed again; a run that was killed goes on where it was. What follows
@@ -179,7 +179,7 @@ def run(
 
 @app.command()
 def share(as_json: AsJson = False) -> None:
-    """Push data, run-cache and metrics, so that other machines need not compute them.
+    """Push data, run-cache and metrics for other machines.
 
     `dvc push` alone leaves out the metrics that git keeps, and without these a machine that does
     not have this dvc.lock computes again. `metaloom run` does this by itself.
@@ -195,7 +195,7 @@ def replay(
     path: Annotated[Path, typer.Argument(help="Folder that the run's message names.")],
     as_json: AsJson = False,
 ) -> None:
-    """Compute again, item by item, a training step that a guard refused.
+    """Compute again a training step that a guard refused.
 
     A step whose loss or gradient is no finite number, or far from the usual, is kept in
     .metaloom/incidents with the parameters of that moment. This shows for each item of its groups
@@ -213,10 +213,11 @@ def join(
     rendezvous: Annotated[str, typer.Argument(help="METALOOM_RENDEZVOUS of the driver's host.")],
     once: Annotated[bool, typer.Option("--once", help="End with the first run.")] = False,
 ) -> None:
-    """Be one more host of the runs that another host drives with METALOOM_LAUNCHER=torchrun.
+    """Be one more host of another host's runs.
 
-    Waits for a run, takes part in it with METALOOM_NUM_WORKERS workers, and waits for the next,
-    until Ctrl-C. Start it in a clone of the same commit that has the same data (`dvc pull`).
+    That host drives them with METALOOM_LAUNCHER=torchrun. Waits for a run, takes part in it with
+    METALOOM_NUM_WORKERS workers, and waits for the next, until Ctrl-C. Start it in a clone of the
+    same commit that has the same data (`dvc pull`).
     """
     from pipeline.launch.torchrun import join_runs
 
@@ -260,9 +261,9 @@ app.add_typer(commands.keys, name="keys")
 
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
-    """Open MLflow on the runs and models of this repository until Ctrl-C.
+    """Open MLflow on the runs and models of this repository.
 
-    With MLFLOW_TRACKING_URI set to a server, that server's address is printed instead.
+    Until Ctrl-C.     With MLFLOW_TRACKING_URI set to a server, that server's address is printed instead.
     """
     from pipeline.deploy.smoke import serve_environment
     from pipeline.runtime.mlflow_tracker import quiet_environment, tracking_uri
@@ -292,7 +293,7 @@ def report(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of params.yaml, for editors; params.schema.json holds it."""
+    """Print the JSON schema of params.yaml (params.schema.json)."""
     from pipeline.doctor import params_schema
 
     print(json.dumps(params_schema(), indent=2))

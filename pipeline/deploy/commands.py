@@ -45,7 +45,7 @@ def promote(
     model: Model = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a registered version the champion, here or of another registered model.
+    """Make a registered version the champion, here or elsewhere.
 
     One that the gate did not pass needs --force and --reason: the reason is kept in the record of
     promotions and as a tag of the version. Forced or not, a version must have passed its smoke
@@ -129,9 +129,9 @@ def export(
     model: Model = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a learner's encoder as an ONNX file: uint8 pictures in, features out.
+    """Write a learner's encoder as an ONNX file.
 
-    The normalisation is inside, the size of the batch is free. Before the file is there,
+    uint8 pictures in, features out. The normalisation is inside, the size of the batch is free. Before the file is there,
     onnxruntime gives the features of 64 made-up pictures, and they are compared with those of the
     service; if they differ by more than 1e-4 relative, nothing is written. Learners whose
     features depend on the episode (MAML, batch statistics of the support set) have no encoder.

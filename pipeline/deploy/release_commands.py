@@ -20,7 +20,7 @@ release = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
 @release.callback()
 def say_release(context: typer.Context, as_json: AsJson = False) -> None:
-    """Say what was released; register it if this machine's registry does not have it.
+    """Say what was released; register it where it is missing.
 
     A record of a release can be here without the release being in the registry: another registry
     was chosen since, or its database is gone. This asks the registry and makes up for it; where

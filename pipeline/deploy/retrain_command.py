@@ -44,7 +44,7 @@ def retrain(
     config: commands.Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Learn anew from what is new, and promote the result if the gate lets it.
+    """Learn anew from what is new; promote it if the gate lets it.
 
     Brings imported data up to date (`dvc update`), and ends there if neither they, nor code, nor
     parameters have changed since the last time. Otherwise it runs the pipeline in a clone, and the

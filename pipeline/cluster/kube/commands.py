@@ -58,7 +58,7 @@ def _say(as_json: bool, text: str, told: Any) -> None:
 
 @app.command()
 def doctor(namespace: Namespace = None, context: Context = None, as_json: AsJson = False) -> None:
-    """Look at the cluster: what is there, what is missing, how to mend it.
+    """Say what the cluster has and lacks, and how to mend it.
 
     Ends with status 1 if something keeps a retraining from running.
     """
@@ -84,7 +84,7 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait", help="Until it has ended.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Have one commit retrained: a Job like those of the CronJob, now.
+    """Have one commit retrained now.
 
     Its name comes from the commit and its params.yaml: submitting it again changes nothing. The
     driver in the cluster clones the commit, so it must have been pushed.
@@ -133,7 +133,10 @@ def _wait(kube: Kube, run: str, as_json: bool) -> None:
 
 @app.command()
 def status(namespace: Namespace = None, context: Context = None, as_json: AsJson = False) -> None:
-    """List the runs: state, stage, step, tasks/s, time left, and what keeps one from running."""
+    """List the runs: state, stage, step, tasks/s, time left.
+
+    And what keeps one from running.
+    """
     import shutil
 
     from pipeline.cluster.kube.runs import as_table, list_runs, schedule_line
@@ -157,7 +160,10 @@ def logs(
     context: Context = None,
     as_json: AsJson = False,
 ) -> None:
-    """Print what a run's driver prints; a connection that breaks is made again, no line twice."""
+    """Print what a run's driver prints.
+
+    A connection that breaks is made again, and no line comes twice.
+    """
     from pipeline.cluster.kube.logs import read_logs
     from pipeline.cluster.kube.retraining import find_job
     from pipeline.cluster.kube.runs import list_runs
@@ -180,7 +186,10 @@ def cancel(
     dry_run: DryRun = None,
     as_json: AsJson = False,
 ) -> None:
-    """End a run; a stage has a minute for its checkpoint, and `resume` runs it again."""
+    """End a run; `resume` runs it again.
+
+    A stage has a minute for its checkpoint.
+    """
     from pipeline.cluster.kube.retraining import cancel as end
 
     before = end(_kube(namespace, context), run, dry_run=_dry(dry_run))
@@ -199,7 +208,10 @@ def resume(
     dry_run: DryRun = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a failed or cancelled run again under its name, with the CronJob's present template."""
+    """Run a failed or cancelled run again.
+
+    Under its name, with the CronJob's present template.
+    """
     from pipeline.cluster.kube.retraining import resume as again
 
     done = again(_kube(namespace, context), run, dry_run=_dry(dry_run))
@@ -219,7 +231,7 @@ def schedule(
     dry_run: DryRun = None,
     as_json: AsJson = False,
 ) -> None:
-    """Retrain by the clock: shows what would change of the CronJob, and asks.
+    """Retrain by the clock: show what would change, and ask.
 
     \b
       metaloom cluster schedule '30 2 * * *' --time-zone Europe/Berlin
@@ -246,7 +258,10 @@ def unschedule(
     dry_run: DryRun = None,
     as_json: AsJson = False,
 ) -> None:
-    """Retrain no more by the clock; a run that goes on is left alone."""
+    """Retrain no more by the clock.
+
+    A run that goes on is left alone.
+    """
     from pipeline.cluster.kube.scheduling import preview_unschedule
 
     kube = _kube(namespace, context)
