@@ -263,7 +263,7 @@ app.add_typer(commands.keys, name="keys")
 def ui(port: Annotated[int, typer.Option(help="Port on 127.0.0.1.")] = 5000) -> None:
     """Open MLflow on the runs and models of this repository.
 
-    Until Ctrl-C.     With MLFLOW_TRACKING_URI set to a server, that server's address is printed instead.
+    Until Ctrl-C. With MLFLOW_TRACKING_URI set to a server, its address is printed instead.
     """
     from pipeline.deploy.smoke import serve_environment
     from pipeline.runtime.mlflow_tracker import quiet_environment, tracking_uri
