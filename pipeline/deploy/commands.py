@@ -132,9 +132,10 @@ def export(
     """Write a learner's encoder as an ONNX file.
 
     uint8 pictures in, features out; the normalisation is inside, the size of the batch is free.
-    Before the file is there, onnxruntime gives the features of 64 made-up pictures, and they are compared with those of the
-    service; if they differ by more than 1e-4 relative, nothing is written. Learners whose
-    features depend on the episode (MAML, batch statistics of the support set) have no encoder.
+    Before the file is there, onnxruntime gives the features of 64 made-up pictures, and they are
+    compared with those of the service; if they differ by more than 1e-4 relative, nothing is
+    written. Learners whose features depend on the episode (MAML, batch statistics of the support
+    set) have no encoder.
 
     \b
       metaloom export 3 --onnx encoder.onnx
