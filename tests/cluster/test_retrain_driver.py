@@ -26,7 +26,10 @@ pytestmark = pytest.mark.timeout(3600)
 
 SMALLER: dict[str, dict[str, Any]] = {
     "evaluate": {"baselines": ["pixels"], "example_episodes": 0},
-    "deploy": {"robustness": {"num_episodes": 10, "seed": 0}},
+    "deploy": {
+        "robustness": {"num_episodes": 10, "seed": 0},
+        "smoke": {"timeout_seconds": 600.0, "max_queries": 20, "tolerance": 1e-4},
+    },
 }
 STAGES = ("preprocess", "sample_tasks", "pretrain@mlp", "meta_train", "evaluate", "deploy")
 
