@@ -20,6 +20,8 @@ from pipeline.domains.glyphs import GlyphsConfig
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 COMMANDS = {
+    "cluster",
+    "retrain",
     *("doctor", "promote", "release", "replay", "report", "rollback", "run", "schema", "serve"),
     *("share", "ui", "upload", "lineage", "join", "keys", "export"),
 }
