@@ -293,7 +293,10 @@ def report(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of params.yaml (params.schema.json)."""
+    """Print the JSON schema of params.yaml.
+
+    params.schema.json holds it, for editors.
+    """
     from pipeline.doctor import params_schema
 
     print(json.dumps(params_schema(), indent=2))
