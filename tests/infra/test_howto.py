@@ -31,8 +31,8 @@ MINE = "my-cluster/kustomization.yaml"
 
 def typed(page: Path) -> list[list[str]]:
     """Commands of a page's blocks, continued lines joined, without what follows a pipe."""
-    blocks = re.findall(r"^```\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
-    text = "\n".join(blocks).replace("\\\n", " ")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    text = "\n".join(block for language, block in blocks if not language).replace("\\\n", " ")
     lines = [line for line in text.splitlines() if re.match(r"(metaloom|python -m|kubectl) ", line)]
     return [
         shlex.split(line.partition(" | ")[0].partition(" > ")[0], comments=True) for line in lines
@@ -131,7 +131,7 @@ def _shown(first_line: str) -> list[Any]:
 def _site(folder: Path, overlay: str = "gpu") -> dict[str, Any]:
     """A checkout's manifests with the page's overlay, every patch of the pages, and the drift one."""
     shutil.copytree(REPOSITORY / "infra/kubernetes", folder / "infra/kubernetes")
-    (mine,) = _shown(MINE)
+    mine: dict[str, Any] = _shown(MINE)[0]
     for patches in _shown(f"patches of {MINE}"):
         mine["patches"] += patches
     mine["resources"] = [one.replace("/gpu", f"/{overlay}") for one in mine["resources"]]
