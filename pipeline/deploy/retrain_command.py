@@ -16,6 +16,10 @@ from pipeline.core.errors import ConfigError, RegistryError
 from pipeline.deploy.commands import AsJson
 from pipeline.deploy.serve import commands
 
+DECIDED = 3
+"""Exit status of a run that came to its end, and to a decision that the policy calls a failure:
+starting it again would not change that (the Job's podFailurePolicy knows it)."""
+
 
 class Because(StrEnum):
     """What set it off."""
@@ -52,7 +56,8 @@ def retrain(
     candidate gained and lost, the decision and the cost. Section `retrain` of params.yaml is the
     policy: how much must be new, what it may cost, who is told. Killed, it goes on where it was.
     With --because drift it ends at once unless the served traffic has drifted, which it reads from
-    the services' database (--config names the file that they were started with).
+    the services' database (--config names the file that they were started with). Status 3: over
+    its budget, or not promoted where the policy calls that a failure.
 
     \b
       metaloom retrain --local
@@ -81,7 +86,7 @@ def retrain(
         outcome = go(root, request, environment={"MLFLOW_TRACKING_URI": uri}, listen=listen)
     print(json.dumps(outcome.as_json(), indent=2) if as_json else outcome.summary())
     if outcome.fails:
-        raise typer.Exit(1)
+        raise typer.Exit(DECIDED)
 
 
 def _no_drift(root: Path, config: Path | None) -> dict[str, Any] | None:

@@ -98,8 +98,10 @@ def pack(job: Job, storage: Storage) -> Packed:
     return packed
 
 
-def unpack(storage: Storage, packed: Packed, target: Path) -> Job:
-    """Bring code and inputs of a job into a folder, and return it; its paths are relative to that.
+def bring(storage: Storage, packed: Packed, target: Path) -> dict[str, Any]:
+    """Bring code and inputs of a job into a folder; returns how the job is described.
+
+    The description is not understood here: an image may be older than the code that it brings.
 
     Raises:
         ArtefactError: what arrives is not what was sent.
@@ -108,7 +110,7 @@ def unpack(storage: Storage, packed: Packed, target: Path) -> Job:
     try:
         with tempfile.TemporaryDirectory() as scratch:
             storage.get(packed.at("spec"), Path(scratch) / "spec")
-            spec = read_json(Path(scratch) / "spec" / "job.json")
+            spec: dict[str, Any] = read_json(Path(scratch) / "spec" / "job.json")
             if not (target / _CODE_IS_WHOLE).exists():
                 storage.get(f"workspace/code-{spec['code']}", Path(scratch) / "code")
                 shutil.copytree(Path(scratch) / "code", target, dirs_exist_ok=True)
@@ -121,6 +123,17 @@ def unpack(storage: Storage, packed: Packed, target: Path) -> Job:
             f"{storage.uri} does not give the job {packed.digest} and its data: {error}. Look "
             "whether this pod may read it."
         ) from None
+    return spec
+
+
+def unpack(storage: Storage, packed: Packed, target: Path) -> Job:
+    """`bring`, and the job, by its own code; its paths are relative to the folder.
+
+    Raises:
+        ArtefactError: what arrives is not what was sent.
+        StorageError: the store does not answer.
+    """
+    spec = bring(storage, packed, target)
     return Job(
         entry=spec["entry"],
         config=resolve(spec["kind"]).model_validate_json(spec["config"]),
@@ -230,7 +243,7 @@ def _put_input(storage: Storage, folder: Path) -> str:
 def main() -> None:
     """Argument: the folder. Of a pod's init container: bring what the job needs there."""
     storage, packed = job_from_environment()
-    unpack(storage, packed, Path(sys.argv[1]))
+    bring(storage, packed, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,11 +20,12 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.cluster.retrain.data import compare, earlier, inputs_of
-from pipeline.cluster.retrain.night import bring_repository
+from pipeline.cluster.retrain.data import Inputs, compare, earlier, inputs_of
+from pipeline.cluster.retrain.night import _too_few, bring_repository
 from pipeline.cluster.retrain.policy import RetrainConfig
 from pipeline.cluster.retrain.tell import tell, webhook
 from pipeline.core.errors import ConfigError, MachineError
+from pipeline.deploy.retrain_command import DECIDED
 from tests.chaos.campaign import is_full
 from tests.cluster.dvc_machines import attempt, environment, succeed
 from tests.conftest import REPOSITORY
@@ -212,6 +214,10 @@ def test_nights_with_and_without_new_data(small: Small) -> None:
     assert sorted(p.name for p in (small.folder / "data/raw/letters").iterdir()) == ["a", "b"]
     assert "preprocess" not in small.do("dvc", "status")
     assert small.told()["state"] == "no_change"  # the merge is nothing new
+    for name in small.branches():
+        small.do("git", "branch", "--quiet", "-D", name)
+    merged = small.told()  # what was merged is remembered without its branch
+    assert merged["state"] == "no_change" and small.num_runs() == 2
 
 
 @pytest.mark.slow
@@ -236,8 +242,10 @@ def test_what_is_not_promoted_is_reported_and_fails_where_the_policy_says_so(sma
     small.add("c", 5)
     small.commit("strict")
     done = small.retrain()
-    assert done.returncode == 1 and "not promoted" in done.stdout
+    assert done.returncode == DECIDED and "not promoted" in done.stdout
     assert "Traceback" not in done.stderr and len(small.branches()) == 2
+    again = small.retrain()  # a pod that was killed behind its last step comes again
+    assert again.returncode == DECIDED and "nothing has changed" in again.stdout
 
 
 def test_over_its_budget_it_stops_behind_a_checkpoint(small: Small) -> None:
@@ -246,7 +254,7 @@ def test_over_its_budget_it_stops_behind_a_checkpoint(small: Small) -> None:
     small.commit("slow")
     with listener([200]) as (url, heard):
         done = small.retrain(METALOOM_NUM_WORKERS="2", METALOOM_WEBHOOK=url)
-    assert done.returncode == 1 and "over its budget" in done.stdout, done.stderr[-3000:]
+    assert done.returncode == DECIDED and "over its budget" in done.stdout, done.stderr[-3000:]
     assert small.log.with_name("checkpoint").read_text() == "saved"
     assert [one["retraining"]["state"] for one in heard] == ["over_budget"]
     assert not small.branches()
@@ -402,6 +410,16 @@ def test_what_changed_is_told_by_class() -> None:
     assert compare(of(a=("train", 5)), {**of(a=("train", 5)), "domain": "e"})["compared"] is False
 
 
+def test_labels_that_were_corrected_are_reason_enough() -> None:
+    one = {"group": "", "split": "train", "examples": 5}
+    before = {"domain": "d", "classes": {"a": one}, "inputs": {"code": "c", "data": "old"}}
+    now = {**before, "inputs": {"code": "c", "data": "new"}}
+    few = RetrainConfig(min_new_examples=100)
+    assert _too_few(few, compare(now, before), Inputs("c", "new"), before) is None
+    more = {**now, "classes": {"a": {**one, "examples": 6}}}
+    assert "1 new" in str(_too_few(few, compare(more, before), Inputs("c", "new"), before))
+
+
 def test_data_that_no_commit_knows_are_read_for_the_digest(small: Small) -> None:
     before = inputs_of(small.folder)
     (small.folder / "README.md").write_text("words")
@@ -412,7 +430,18 @@ def test_data_that_no_commit_knows_are_read_for_the_digest(small: Small) -> None
     small.add("a", 1)
     second = inputs_of(small.folder)
     assert first.code == second.code and first.data != second.data
-    assert list(earlier(small.folder)) == []
+    assert list(earlier(small.folder, "HEAD")) == []
+
+
+def _speak_nonsense(server: socket.socket) -> None:
+    while True:
+        try:
+            client, _ = server.accept()
+        except OSError:
+            return
+        with client:
+            client.recv(65536)
+            client.sendall(b"garbage\r\n\r\n")
 
 
 def test_a_webhook_is_asked_again_but_never_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,8 +455,22 @@ def test_a_webhook_is_asked_again_but_never_in_the_clear(monkeypatch: pytest.Mon
         assert tell(url, record) == "the webhook answered 404" and len(heard) == 1
     with listener([302]) as (url, heard):
         assert "302" in str(tell(url, record))
-    assert "cannot be reached" in str(tell(url, record))
-    monkeypatch.setenv("METALOOM_WEBHOOK", "http://example.org/")
-    with pytest.raises(ConfigError, match="no https address"):
-        webhook("")
+    assert tell(url, record) == "the webhook cannot be reached (ConnectionRefusedError)"
+    with socket.create_server(("127.0.0.1", 0)) as odd:
+        thread = threading.Thread(target=_speak_nonsense, args=(odd,), daemon=True)
+        thread.start()
+        found = tell(f"http://127.0.0.1:{odd.getsockname()[1]}/SECRET", record)
+    assert found is not None and "SECRET" not in found
+    for unsafe in (
+        "http://example.org/",
+        "http://localhost.example.org/",
+        "http://127.0.0.1@example.org/",
+        "https://name@example.org/",
+        "https://example.org/a b",
+        "ftp://127.0.0.1/",
+    ):
+        monkeypatch.setenv("METALOOM_WEBHOOK", unsafe)
+        with pytest.raises(ConfigError, match="no https address") as caught:
+            webhook("")
+        assert unsafe not in str(caught.value)
     assert RetrainConfig(max_hours=2, max_worker_hours=6).budget_seconds(4) == 5400

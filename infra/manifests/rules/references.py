@@ -27,6 +27,7 @@ SECRETS = {
     "metaloom-mlflow": "credentials",
     "metaloom-database": "pg_service.conf",
     "metaloom-ray-token": "auth_token",
+    "metaloom-webhook": "address",
 }
 """By name, and the key that is read of each; docs/kubernetes-pods.md says how to make them."""
 _MADE_BY_KUBERNETES = ("kube-root-ca.crt",)

@@ -9,10 +9,12 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from pipeline.cluster.kube.connect import connect, in_cluster
 from pipeline.cluster.kube.lease import Held, single_flight
+from pipeline.core.errors import StoppedError
 
 _STAGE = re.compile(r"^(?:Running stage|Stage) '([^']+)'")
 _MOST = 4096
@@ -34,8 +36,20 @@ def driving() -> Iterator[Callable[[str], None] | None]:
         yield None
         return
     run = run_of(socket.gethostname())
-    with single_flight(connect(), run) as held:
-        yield Listener(run, held)
+    before = signal.signal(signal.SIGTERM, _stop)  # while a stage runs, that gets the signal
+    try:
+        with single_flight(connect(), run) as held:
+            held.on_lost = lambda: os.kill(os.getpid(), signal.SIGTERM)  # no two may work at once
+            held.check()
+            yield Listener(run, held)
+            held.check()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """The first process of a container would not hear it otherwise, nor give the Lease back."""
+    raise StoppedError("asked to stop, or the Lease is lost; the same run goes on where it was.")
 
 
 def run_of(pod: str) -> str:
@@ -49,13 +63,9 @@ class Listener:
     def __init__(self, run: str, held: Held) -> None:
         self._run, self._held = run, held
         self._stage = ""
-        self._ended = False
 
     def __call__(self, line: str) -> None:
         """One line of output."""
-        if self._held.lost and not self._ended:
-            self._ended = True
-            os.kill(os.getpid(), signal.SIGTERM)  # no two may work at once
         if found := _STAGE.match(line):
             self._stage = found[1]
             self._held.note({"run": self._run, "stage": self._stage})

@@ -6,7 +6,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -42,6 +42,8 @@ class Held:
         self._progress = ""
         self._lock = threading.Lock()
         self.news = threading.Event()
+        self.on_lost: Callable[[], None] = lambda: None
+        """Called once, from the thread that renews."""
 
     def note(self, progress: Mapping[str, Any]) -> None:
         """Show how far the work is (`metaloom cluster status`); written with the next renewal."""
@@ -59,6 +61,7 @@ class Held:
         """It is somebody else's now."""
         self._why = why
         self._lost.set()
+        self.on_lost()
 
     @property
     def lost(self) -> bool:

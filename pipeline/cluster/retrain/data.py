@@ -18,6 +18,8 @@ DATA = "results/retrain/data.json"
 INPUTS = "Inputs"
 """Trailer of that commit: the digest of all that the pipeline computes from."""
 BRANCHES = "retrain"
+_LOOK_BACK = 400
+"""Merged nights that are looked at: more than a year of them."""
 _CODE = ("pipeline/", "stages/", "dvc.yaml", "constraints.txt")
 _PARAMS = "params.yaml"
 POLICY = "retrain"
@@ -50,7 +52,7 @@ def update_imports(folder: Path) -> list[str]:
     before = {name: (folder / name).read_bytes() for name in imports}
     if imports:
         try:
-            dvc(folder, "update", *imports)
+            dvc(folder, "update", "--", *imports)
         except MachineError as error:
             raise DataError(
                 f"{', '.join(imports)}: the source of these data does not answer. Nothing was "
@@ -119,12 +121,17 @@ def compare(now: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any
     }
 
 
-def earlier(root: Path) -> Iterator[tuple[str, str]]:
-    """Branches of earlier retrainings, here and on the remotes: name and inputs, newest first."""
+def earlier(root: Path, commit: str) -> Iterator[tuple[str, str]]:
+    """Earlier retrainings and their inputs, the newest first: branches, here and on the remotes.
+
+    Then those that were merged into a commit: their branches may have been deleted since.
+    """
     form = f"%(refname)%00%(contents:trailers:key={INPUTS},valueonly,separator=)"
     places = [f"refs/heads/{BRANCHES}", f"refs/remotes/*/{BRANCHES}/*"]
     listed = git(root, "for-each-ref", "--sort=-committerdate", f"--format={form}", *places)
-    for line in listed.splitlines():
+    form = f"--format=%H%x00%(trailers:key={INPUTS},valueonly,separator=)"
+    merged = git(root, "log", f"--grep=^{INPUTS}: ", f"--max-count={_LOOK_BACK}", form, commit)
+    for line in [*listed.splitlines(), *merged.splitlines()]:
         name, _, inputs = line.partition("\0")
         if inputs.strip():
             yield name, inputs.strip()

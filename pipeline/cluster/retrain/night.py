@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -34,7 +35,7 @@ from pipeline.cluster.retrain.data import (
 from pipeline.cluster.retrain.policy import Because, RetrainConfig, State
 from pipeline.cluster.retrain.report import PAGE, RECORD, page, title
 from pipeline.cluster.retrain.tell import tell, webhook
-from pipeline.cluster.share import default_remote
+from pipeline.cluster.share import default_remote, share
 from pipeline.core.config import load_section
 from pipeline.core.errors import MachineError, PipelineError, StoppedError
 from pipeline.core.files import read_json, write_bytes, write_json
@@ -194,7 +195,7 @@ def _go(night: _Night) -> Outcome:
     first = replace(night.clone, arguments=("preprocess",))
     compute(first, night.environment, night.data_remote, push=False, listen=night.listen)
     description = describe(folder, inputs)
-    before = _last(night.root)
+    before = _last(night.root, night.clone.commit)
     changes = compare(description, before)
     if reason := _too_few(night.policy, changes, inputs, before):
         night.clone.mark(done=True)
@@ -207,6 +208,8 @@ def _go(night: _Night) -> Outcome:
     except StoppedError:
         if not over.is_set():
             raise
+        if night.data_remote is not None:
+            share(folder)  # a pod's disk goes with it
         hours = night.policy.budget_seconds(night.request.num_workers) / 3600
         reason = (
             f"After {hours:g} hours it was stopped behind a checkpoint. The same command goes on "
@@ -257,7 +260,7 @@ def _end(
 
 def _done_before(night: _Night, inputs: Inputs) -> Outcome | None:
     """The branch of a run from the same inputs; one that a killed run left here is pushed on."""
-    for reference, digest in earlier(night.root):
+    for reference, digest in earlier(night.root, night.clone.commit):
         if digest != inputs.digest:
             continue
         if reference.startswith("refs/heads/") and night.request.remote is not None:
@@ -276,18 +279,20 @@ def _done_before(night: _Night, inputs: Inputs) -> Outcome | None:
             f"{name} was trained from the same code, parameters and data, and was "
             f"{came['state'].replace('_', ' ')}."
         )
-        return _end(night, night.told("no_change", reason), branch=name)
+        # The same answer as the first time, to a Job whose pod was killed on its last steps.
+        fails = came["state"] == "not_promoted" and night.policy.on_failed_gate == "fail"
+        return _end(night, night.told("no_change", reason), branch=name, fails=fails)
     return None
 
 
 def _short(reference: str) -> str:
-    """`retrain/...` or `origin/retrain/...`, as git takes it."""
+    """`retrain/...`, `origin/retrain/...` or a commit, as git takes it."""
     return reference.removeprefix("refs/heads/").removeprefix("refs/remotes/")
 
 
-def _last(root: Path) -> dict[str, Any] | None:
+def _last(root: Path, commit: str) -> dict[str, Any] | None:
     """What the latest retraining learned from, whatever the gate said to it."""
-    for reference, _ in earlier(root):
+    for reference, _ in earlier(root, commit):
         if (found := recorded(root, reference, DATA)) is not None:
             return found
     return None
@@ -299,8 +304,8 @@ def _too_few(
     if before is None or before["inputs"]["code"] != inputs.code:
         return None  # new code or parameters are reason enough
     new = changes["new_examples"]["train"]
-    if new >= policy.min_new_examples:
-        return None
+    if new >= policy.min_new_examples or not sum(changes["new_examples"].values()):
+        return None  # what only went, moved or was labelled anew would never count
     return (
         f"{new:,} new training examples; retrain.min_new_examples asks for "
         f"{policy.min_new_examples:,}. They are kept and count next time."
@@ -351,9 +356,12 @@ def bring_repository(url: str, folder: Path) -> Path:
             "absolute path."
         )
     root = folder / "repository"
-    if not (root / ".git").is_dir():
+    if not root.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        git(folder, "clone", "--quiet", "--", url, str(root))
+        half = folder / "half"  # what a kill leaves is no repository
+        shutil.rmtree(half, ignore_errors=True)
+        git(folder, "clone", "--quiet", "--", url, str(half))
+        half.rename(root)
     git(root, "fetch", "--quiet", "--prune", "origin")
     return root
 

@@ -32,7 +32,7 @@ class RetrainConfig(Section):
     """What a candidate that is not promoted means to whoever started the run: `report` ends well,
     with the reasons in the report; `fail` ends with status 1 besides."""
     webhook: str = Field(
-        default="", pattern=r"^(https://.+|http://(127\.0\.0\.1|localhost)[:/].*)?$"
+        default="", pattern=r"^(https://.+|http://(127\.0\.0\.1|localhost)(:\d+)?/.*)?$"
     )
     """Address that is sent each outcome worth knowing, as JSON. One that holds a secret belongs in
     METALOOM_WEBHOOK instead, which wins."""

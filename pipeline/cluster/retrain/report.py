@@ -96,7 +96,7 @@ def _rules(rules: list[dict[str, Any]]) -> Iterator[str]:
     rows = [
         (
             rule["rule"].replace("_", " "),
-            rule["setting"] or "",
+            _plain(rule["setting"] or ""),
             _number(rule["value"]),
             _number(rule["limit"]),
             "passed" if rule["passed"] else "FAILED",
@@ -107,7 +107,7 @@ def _rules(rules: list[dict[str, Any]]) -> Iterator[str]:
     told = [r["reason"] for r in rules if r["rule"] in _AGAINST_CHAMPION or not r["passed"]]
     if told:
         yield ""
-    yield from (f"- {reason}" for reason in told)
+    yield from (f"- {_plain(reason, 400)}" for reason in told)
 
 
 def _number(value: float | None) -> str:
@@ -119,9 +119,9 @@ def _some(names: list[str]) -> str:
     return ", ".join(_plain(name) for name in names[:_SHOWN]) + more
 
 
-def _plain(text: str) -> str:
+def _plain(text: str, most: int = 80) -> str:
     """A name out of somebody's data must not end a table's cell or begin a line."""
-    return "".join(c if c.isprintable() else "?" for c in text).replace("|", "\\|")[:80]
+    return "".join(c if c.isprintable() else "?" for c in text).replace("|", "\\|")[:most]
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -7,7 +7,9 @@ import os
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.cluster.retrain.policy import WORTH_TELLING
 from pipeline.cluster.retrain.report import title
@@ -15,7 +17,7 @@ from pipeline.core.errors import ConfigError
 
 ADDRESS = "METALOOM_WEBHOOK"
 _TRIES, _SECONDS, _PAUSE_SECONDS = 3, 10.0, 2.0
-_LOOPBACK = ("http://127.0.0.1", "http://localhost")
+_LOOPBACK = ("127.0.0.1", "localhost")
 
 
 def webhook(configured: str) -> str:
@@ -25,12 +27,25 @@ def webhook(configured: str) -> str:
         ConfigError: it is neither https nor this machine's own.
     """
     address = os.environ.get(ADDRESS) or configured
-    if address and not address.startswith(("https://", *_LOOPBACK)):
+    if address and not _is_safe(address):
         raise ConfigError(
             f"{ADDRESS} is no https address: what a run says would travel in the clear. Write "
             "https://..., or unset it to tell nobody."
         )
     return address
+
+
+def _is_safe(address: str) -> bool:
+    """https, or this machine itself; an address with a name before an @ may look like either."""
+    if not address.isascii() or not address.isprintable() or " " in address:
+        return False
+    try:
+        parts = urlsplit(address)
+        host = parts.hostname
+    except ValueError:
+        return False
+    here = parts.scheme == "http" and host in _LOOPBACK
+    return bool(host) and "@" not in parts.netloc and (parts.scheme == "https" or here)
 
 
 def tell(address: str, record: dict[str, Any]) -> str | None:
@@ -53,9 +68,10 @@ def tell(address: str, record: dict[str, Any]) -> str | None:
             problem = f"the webhook answered {error.code}"
             if error.code < 500 and error.code != 429:  # asking again changes nothing
                 break
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            problem = f"the webhook cannot be reached: {reason}"
+        except (OSError, HTTPException, ValueError) as error:
+            # Its kind alone: the words of some hold the address, which may hold a secret.
+            kind = type(getattr(error, "reason", error)).__name__
+            problem = f"the webhook cannot be reached ({kind})"
     return problem
 
 
