@@ -55,7 +55,7 @@ def record(
         head = _head(clone)  # of an attempt that was killed later: its branch may be out already
         return head if head != clone.commit else None
     git(clone.folder, "reset", "--quiet", "--soft", clone.commit)
-    git(clone.folder, *_identity(root), "commit", "--quiet", "--no-verify", "--message", text)
+    git(clone.folder, *identity(root), "commit", "--quiet", "--no-verify", "--message", text)
     return _head(clone)
 
 
@@ -63,7 +63,7 @@ def _head(clone: Clone) -> str:
     return git(clone.folder, "rev-parse", "HEAD").strip()
 
 
-def _identity(root: Path) -> list[str]:
+def identity(root: Path) -> list[str]:
     """Who commits: as in the original repository; a machine without a name says what it is."""
     options = []
     for key, otherwise in (("name", "metaloom run"), ("email", "metaloom@localhost.invalid")):

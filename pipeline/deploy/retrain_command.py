@@ -65,8 +65,9 @@ def retrain(
       metaloom retrain --repository https://example.org/team/models.git --commit main
     """
     from pipeline.cluster.kube.driving import driving
-    from pipeline.cluster.retrain.night import Request, bring_repository, commit_of
+    from pipeline.cluster.retrain.night import Request
     from pipeline.cluster.retrain.night import retrain as go
+    from pipeline.cluster.retrain.repository import bring_repository, commit_of
     from pipeline.launch.base import num_workers_from_environment
     from pipeline.runtime.mlflow_tracker import tracking_uri
 

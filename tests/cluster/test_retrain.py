@@ -21,8 +21,9 @@ import pytest
 import yaml
 
 from pipeline.cluster.retrain.data import Inputs, compare, earlier, inputs_of
-from pipeline.cluster.retrain.night import _too_few, bring_repository
+from pipeline.cluster.retrain.night import _too_few
 from pipeline.cluster.retrain.policy import RetrainConfig
+from pipeline.cluster.retrain.repository import bring_repository
 from pipeline.cluster.retrain.tell import tell, webhook
 from pipeline.core.errors import ConfigError, MachineError
 from pipeline.deploy.retrain_command import DECIDED
@@ -209,6 +210,10 @@ def test_nights_with_and_without_new_data(small: Small) -> None:
     page = small.show(second["branch"], "results/retrain/report.md")
     assert "| train | 1 -> 2 | 3 -> 5 | +2 |" in page and "New classes: b." in page
     assert "5w1s | 0.50% ± 1.00%" in page
+    # The commit that was run holds the new data, and is in the branch: lineage can name it.
+    assert small.do("git", "rev-parse", f"{second['branch']}^").strip() == second["commit"]
+    changed = small.do("git", "show", "--name-only", "--format=", second["commit"]).split()
+    assert changed == ["data/raw/letters.dvc"]
     small.do("git", "merge", "--quiet", second["branch"])  # the night's work can be taken over
     small.do("dvc", "checkout")
     assert sorted(p.name for p in (small.folder / "data/raw/letters").iterdir()) == ["a", "b"]

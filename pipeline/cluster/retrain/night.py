@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 import signal
 import threading
 import time
@@ -17,8 +16,8 @@ from typing import Any
 
 from pipeline.cluster import message
 from pipeline.cluster.clone import Clone, check_remote, only_runner, resolve_commit, take_clone
-from pipeline.cluster.commands import git, try_git
-from pipeline.cluster.outcome import compute, push, record
+from pipeline.cluster.commands import git
+from pipeline.cluster.outcome import compute, identity, push, record
 from pipeline.cluster.raw_data import bring_raw_data
 from pipeline.cluster.retrain.data import (
     BRANCHES,
@@ -37,7 +36,7 @@ from pipeline.cluster.retrain.report import PAGE, RECORD, page, title
 from pipeline.cluster.retrain.tell import tell, webhook
 from pipeline.cluster.share import default_remote, share
 from pipeline.core.config import load_section
-from pipeline.core.errors import MachineError, PipelineError, StoppedError
+from pipeline.core.errors import PipelineError, StoppedError
 from pipeline.core.files import read_json, write_bytes, write_json
 
 KIND = "retrain"
@@ -95,6 +94,8 @@ class _Night:
 
     root: Path
     request: Request
+    asked: str
+    """The commit that was asked for; the clone's may hold newer data."""
     clone: Clone
     policy: RetrainConfig
     data_remote: str | None
@@ -164,6 +165,7 @@ def retrain(
         night = _Night(
             root=root,
             request=request,
+            asked=commit,
             clone=clone,
             policy=policy,
             data_remote=default_remote(clone.folder),
@@ -187,7 +189,7 @@ def retrain(
 
 def _go(night: _Night) -> Outcome:
     folder = night.clone.folder
-    updated = update_imports(folder)
+    night = replace(night, clone=_with_new_data(night, update_imports(folder)))
     night.notes.extend(bring_raw_data(night.root, folder, night.data_remote))
     inputs = inputs_of(folder)
     if done := _done_before(night, inputs):
@@ -195,7 +197,7 @@ def _go(night: _Night) -> Outcome:
     first = replace(night.clone, arguments=("preprocess",))
     compute(first, night.environment, night.data_remote, push=False, listen=night.listen)
     description = describe(folder, inputs)
-    before = _last(night.root, night.clone.commit)
+    before = _last(night.root, night.asked)
     changes = compare(description, before)
     if reason := _too_few(night.policy, changes, inputs, before):
         night.clone.mark(done=True)
@@ -216,15 +218,25 @@ def _go(night: _Night) -> Outcome:
             "from there; to give it longer, raise retrain.max_hours or retrain.max_worker_hours."
         )
         return _end(night, night.told("over_budget", reason, data=changes), fails=True)
-    return _keep(night, description, changes, inputs, updated)
+    return _keep(night, description, changes, inputs)
+
+
+def _with_new_data(night: _Night, updated: list[str]) -> Clone:
+    """The clone, at a commit that names the new data: where a model came from is in its lineage."""
+    folder = night.clone.folder
+    if updated:
+        git(folder, "add", "--", *updated)
+        text = f"New data: {', '.join(updated)}"
+        who = identity(night.root)
+        git(folder, *who, "commit", "--quiet", "--no-verify", "--message", text)
+    head = git(folder, "rev-parse", "HEAD").strip()
+    trailer = git(folder, "log", "-1", f"--format=%(trailers:key={INPUTS})").strip()
+    recorded_already = bool(trailer)  # by an attempt that was killed before its branch was out
+    return night.clone if recorded_already else night.clone.mark(commit=head)
 
 
 def _keep(
-    night: _Night,
-    description: dict[str, Any],
-    changes: dict[str, Any],
-    inputs: Inputs,
-    updated: list[str],
+    night: _Night, description: dict[str, Any], changes: dict[str, Any], inputs: Inputs
 ) -> Outcome:
     """Commit and push what the run left: data first, then the branch."""
     folder = night.clone.folder
@@ -244,7 +256,7 @@ def _keep(
         clone,
         f"{title(told)}\n\n{text}{trailer}",
         night.notes,
-        also=[*updated, DATA, RECORD, PAGE],
+        also=[DATA, RECORD, PAGE],
     )
     push(night.root, clone, tip, night.data_remote, night.request.remote)
     clone.mark(done=True)
@@ -260,7 +272,7 @@ def _end(
 
 def _done_before(night: _Night, inputs: Inputs) -> Outcome | None:
     """The branch of a run from the same inputs; one that a killed run left here is pushed on."""
-    for reference, digest in earlier(night.root, night.clone.commit):
+    for reference, digest in earlier(night.root, night.asked):
         if digest != inputs.digest:
             continue
         if reference.startswith("refs/heads/") and night.request.remote is not None:
@@ -342,40 +354,3 @@ def _budget(seconds: float) -> Iterator[threading.Event]:
     finally:
         timer.cancel()
         signal.signal(signal.SIGTERM, before)
-
-
-def bring_repository(url: str, folder: Path) -> Path:
-    """A clone of a git repository that stays up to date with it.
-
-    Raises:
-        MachineError: it cannot be cloned or fetched.
-    """
-    if not url.startswith(("https://", "ssh://", "file://", "/")) and not _is_scp_like(url):
-        raise MachineError(
-            f"{url!r} is no address of a git repository: https://, ssh://, user@host:path, or an "
-            "absolute path."
-        )
-    root = folder / "repository"
-    if not root.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        half = folder / "half"  # what a kill leaves is no repository
-        shutil.rmtree(half, ignore_errors=True)
-        git(folder, "clone", "--quiet", "--", url, str(half))
-        half.rename(root)
-    git(root, "fetch", "--quiet", "--prune", "origin")
-    return root
-
-
-def _is_scp_like(url: str) -> bool:
-    user, at, rest = url.partition("@")
-    host, colon, path = rest.partition(":")
-    names = all(part and not part.startswith("-") for part in (user, host, path))
-    return bool(at and colon and names and "/" not in user + host)
-
-
-def commit_of(root: Path, name: str) -> str:
-    """A commit by hash, or a branch as the remote has it now."""
-    remote = try_git(
-        root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"refs/remotes/origin/{name}"
-    )
-    return remote.stdout.strip() or resolve_commit(root, name)
