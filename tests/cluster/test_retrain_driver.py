@@ -22,7 +22,7 @@ from pipeline.deploy.registry import Registry
 from tests.cluster.dvc_machines import add_remote, environment, succeed
 from tests.e2e import test_pipeline as e2e
 
-pytestmark = pytest.mark.timeout(3600)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 SMALLER: dict[str, dict[str, Any]] = {
     "evaluate": {"baselines": ["pixels"], "example_episodes": 0},
@@ -133,7 +133,7 @@ def killed_at(team: Team, work: Path, mark: str) -> bool:
 @pytest.mark.parametrize(
     "marks",
     [
-        pytest.param([f"Running stage '{name}'" for name in STAGES], marks=pytest.mark.slow),
+        [f"Running stage '{name}'" for name in STAGES],
         ['"event": "meta-train', "Updating lock file 'dvc.lock'\n"],
     ],
     ids=["each stage", "training"],
