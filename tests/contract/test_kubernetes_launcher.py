@@ -15,6 +15,7 @@ import pytest
 
 from pipeline.cluster.kube.kinds import RAY_JOBS, TRAIN
 from pipeline.core.errors import ConfigError, DataError, MachineError, StoppedError, TrainingError
+from pipeline.launch import workspace
 from pipeline.launch.base import Job
 from pipeline.launch.kubernetes_entry import progress_in
 from pipeline.launch.live import Live, append_points
@@ -100,6 +101,25 @@ def test_a_job_travels_with_all_that_it_needs(
         ).read_bytes()
     assert (pod / "pipeline/launch/worker.py").exists() and (pod / "params.yaml").exists()
     assert not list(pod.rglob("__pycache__")) and not (pod / ".metaloom").exists()
+
+
+def test_an_image_brings_code_that_is_newer_than_its_own(
+    clone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The init container runs the image's code, which may not know the job's configuration."""
+    storage = Storage((tmp_path / "store").as_uri())
+    packed = pack(launched(relative_job(clone)), storage)
+
+    def unknown(name: str) -> None:
+        raise AttributeError(f"{name} is not in this image")
+
+    monkeypatch.setattr(workspace, "resolve", unknown)
+    monkeypatch.setenv("METALOOM_STORAGE", storage.uri)
+    monkeypatch.setenv(workspace.JOB, packed.digest)
+    monkeypatch.setattr(sys, "argv", ["workspace", str(tmp_path / "pod")])
+    workspace.main()
+    assert (tmp_path / "pod/pipeline/launch/worker.py").exists()
+    assert (tmp_path / "pod/data/tasks/manifest.json").exists()
 
 
 def test_the_same_job_has_the_same_name_and_is_sent_once(clone: Path, tmp_path: Path) -> None:
