@@ -40,6 +40,8 @@ class Story:
         self._lost_agent = ""
         self._old: set[int] = set()
         """Processes whose notes belong to earlier starts"""
+        self._old_ends = 0
+        """Ends in the agent's log that belong to them"""
         self._fault_told = False
 
     def tell(self) -> None:
@@ -51,9 +53,9 @@ class Story:
         """
         for start in read_starts(self._folder)[len(self._starts) :]:
             self._begin(start)
-        fresh = [note for note in read_notes(self._folder) if note.process not in self._old]
-        if fresh and not self._fault_told:
-            say("fault", worker=str(fresh[0].rank), why=fresh[0].message)
+        if not self._fault_told and (fault := self._new_fault()):
+            rank, why = fault
+            say("fault", worker=rank, why=why)
             self._fault_told = True
 
     def lost_agent(self, how: str) -> None:
@@ -78,6 +80,17 @@ class Story:
             return self._lost_agent
         return self._cause(grew=False)
 
+    def _new_fault(self) -> tuple[str, str] | None:
+        """The first worker that ended since the last start, by its own words or the agent's."""
+        for note in read_notes(self._folder):
+            if note.process not in self._old:
+                return str(note.rank), note.message
+        ended = _ENDED.findall(_text(self._folder / AGENT_LOG))
+        for status, rank, _, more in ended[self._old_ends :]:
+            if not more:
+                return rank, f"worker {rank} {how_it_ended(int(status))}"
+        return None
+
     def _begin(self, start: Start) -> None:
         grew = bool(self._starts) and start.world_size > self._starts[-1].world_size
         is_first = not self._attempts.total
@@ -89,6 +102,7 @@ class Story:
         self._attempts.check(self._max_restarts, why)
         say("restart", step=start.progress, why=why)
         self._old = {note.process for note in read_notes(self._folder)}
+        self._old_ends = len(_ENDED.findall(_text(self._folder / AGENT_LOG)))
         self._lost_agent, self._fault_told = "", False
 
     def _cause(self, grew: bool) -> str:

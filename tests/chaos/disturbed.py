@@ -156,6 +156,11 @@ class Disturbed:
         """Why the launcher has started the workers again, each time."""
         return [str(line["why"]) for line in told_of("restart", self.log())]
 
+    def faults_told(self) -> list[str]:
+        """Each time that the launcher has said something of a fault, or of another start."""
+        faults = [str(line["why"]) for line in told_of("fault", self.log())]
+        return faults + self.restarts_told()
+
     def is_running(self) -> bool:
         """Whether the driver lives."""
         return self.driver is not None and self.driver.poll() is None
@@ -225,10 +230,10 @@ def kill_worker(run: Disturbed, rng: random.Random, rank: int | None) -> Try | N
         if not run.is_running():
             return None
         time.sleep(0.05)  # Ray brings what its workers print after a while
-    before, told = run.steps(), len(run.restarts_told())
+    before, told = run.steps(), len(run.faults_told())
     begin = time.monotonic()
     run.kill([pids[rng.choice(sorted(pids)) if rank is None else rank]])
-    while len(run.restarts_told()) == told and run.is_running():
+    while len(run.faults_told()) == told and run.is_running():
         time.sleep(0.01)
     noticed = time.monotonic() - begin
     lost, _ = run.wait_until_it_goes_on(before)

@@ -25,7 +25,7 @@ from pipeline.launch.torchrun_board import Announcement
 from pipeline.launch.torchrun_story import Story
 from pipeline.launch.worker import STARTS
 from pipeline.store.reader import Store
-from tests.chaos.disturbed import Disturbed, long_job, told_of, undisturbed
+from tests.chaos.disturbed import NUM_STEPS, Disturbed, long_job, told_of, undisturbed
 from tests.distributed.entries import Plan
 from tests.distributed.small_run import digest
 
@@ -333,10 +333,11 @@ def test_a_host_joins_a_run_that_may_never_start_again(
     blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:
     """Both hosts are this machine, and share a folder for checkpoints."""
-    expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
+    steps = 5 * NUM_STEPS  # the other one takes its time to come
+    expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks, num_steps=steps)
     place = str(free_endpoint())
     environment = {"METALOOM_NODES": "1:2", "METALOOM_RENDEZVOUS": place}
-    job = long_job(tmp_path / "run", blob_store, blob_tasks)
+    job = long_job(tmp_path / "run", blob_store, blob_tasks, num_steps=steps)
     run = Disturbed(job, "torchrun", environment=environment, max_restarts=0)
     with begun(run, 1):
         assert run.wait_for_steps(2), run.log()
