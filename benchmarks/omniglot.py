@@ -176,10 +176,9 @@ def _row(bench: Bench, name: str, run: Run, store: Path, pretrained: Path) -> di
         start = time.monotonic()
         meta_train(
             config,
-            ["conv4"],
             store=store,
             tasks=tasks,
-            pretrained=pretrained,
+            pretrained=pretrained / "conv4",
             target=target,
             journal=target.with_suffix(".jsonl"),
         )

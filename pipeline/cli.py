@@ -19,6 +19,7 @@ from pipeline.core.errors import MachineError
 from pipeline.deploy import commands as deploy_commands
 from pipeline.deploy.commands import AsJson, Model, model_name, say
 from pipeline.deploy.release_commands import release
+from pipeline.deploy.reproduce_command import reproduce
 from pipeline.deploy.retrain_command import retrain
 from pipeline.deploy.serve import commands
 from pipeline.runtime.logs import run_main
@@ -71,6 +72,7 @@ app.add_typer(cluster, name="cluster")
 app.command()(deploy_commands.promote)
 app.command()(deploy_commands.export)
 app.command()(retrain)
+app.command()(reproduce)
 
 
 @app.command()

@@ -20,6 +20,8 @@ from pipeline.runtime.logs import run_main
 from pipeline.runtime.tracking import stage_run
 
 TARGET = Path("results/evaluate")
+START = Path("data/start/champion")
+"""What meta-training began at, where it was none of the candidates."""
 
 
 def main() -> None:
@@ -27,7 +29,8 @@ def main() -> None:
     domain = load_value("params.yaml", "preprocess.domain", str)
     store, tasks = Path("data/store") / domain, Path("data/tasks")
     learner = Path("models/meta")
-    pretrained = Path("models/pretrained") / load_learner(learner).origin["pretrained"]
+    name = load_learner(learner).origin["pretrained"]
+    pretrained = START if name == START.name else Path("models/pretrained") / name
     inputs = {"store": store, "tasks": tasks, "learner": learner}
     outputs = [TARGET / name for name in (EPISODES, METRICS, PLOTS, REPORT)]
     with stage_run("evaluate", config, inputs=inputs, outputs=outputs) as run:

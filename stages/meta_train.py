@@ -8,19 +8,23 @@ from pipeline.core.config import load_section, load_value
 from pipeline.core.files import write_json
 from pipeline.runtime.logs import run_main
 from pipeline.runtime.tracking import stage_run
-from pipeline.training.meta_train import MetaTrainConfig, meta_train
+from pipeline.training.meta_train import MetaTrainConfig, choose_candidate, meta_train
+
+PRETRAINED = Path("models/pretrained")
+START = Path("data/start/champion")
+"""A learner to begin at, where there is one (data/start/README.md)."""
 
 
 def main() -> None:
     config = load_section("params.yaml", "meta_train", MetaTrainConfig)
     candidates = load_value("params.yaml", "pretrain.candidates", list)
     store = Path("data/store") / load_value("params.yaml", "preprocess.domain", str)
-    tasks, pretrained, target = Path("data/tasks"), Path("models/pretrained"), Path("models/meta")
+    tasks, target = Path("data/tasks"), Path("models/meta")
+    pretrained = START if START.is_dir() else choose_candidate(PRETRAINED, candidates)
     inputs = {"store": store, "tasks": tasks}
     with stage_run("meta_train", config, inputs=inputs, outputs=[target]) as run:
         metrics = meta_train(
             config,
-            candidates,
             store=store,
             tasks=tasks,
             pretrained=pretrained,

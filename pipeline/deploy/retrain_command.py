@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,6 +16,9 @@ from pipeline.core.config import load_value
 from pipeline.core.errors import ConfigError, RegistryError
 from pipeline.deploy.commands import AsJson
 from pipeline.deploy.serve import commands
+
+if TYPE_CHECKING:
+    from pipeline.deploy.registry import Registry
 
 DECIDED = 3
 """Exit status of a run that came to its end, and to a decision that the policy calls a failure:
@@ -84,20 +88,44 @@ def retrain(
         print(json.dumps(steady, indent=2) if as_json else steady["reason"])
         return
     with driving() as listen:
-        outcome = go(root, request, environment={"MLFLOW_TRACKING_URI": uri}, listen=listen)
+        outcome = go(
+            root,
+            request,
+            champion=lambda folder: _champion(root, folder),
+            environment={"MLFLOW_TRACKING_URI": uri},
+            listen=listen,
+        )
     print(json.dumps(outcome.as_json(), indent=2) if as_json else outcome.summary())
     if outcome.fails:
         raise typer.Exit(DECIDED)
 
 
-def _no_drift(root: Path, config: Path | None) -> dict[str, Any] | None:
-    """Why drift is no reason to retrain; None where the champion's traffic has drifted."""
-    from pipeline.deploy.drift import served_drift
+def _registry(root: Path) -> Registry:
     from pipeline.deploy.registry import Registry
 
     model = load_value(root / "params.yaml", "deploy.model_name", str)
     domain = load_value(root / "params.yaml", "preprocess.domain", str)
-    registry = Registry(root, f"{model}-{domain}")
+    return Registry(root, f"{model}-{domain}")
+
+
+def _champion(root: Path, folder: Path) -> str | None:
+    """Leave the champion's learner in a folder; says which version it is, None if there is none."""
+    from pipeline.core.files import new_folder
+    from pipeline.engine.learner import save_learner
+
+    registry = _registry(root)
+    if (version := registry.champion()) is None:
+        return None
+    with tempfile.TemporaryDirectory() as scratch, new_folder(folder, kind="learner") as building:
+        save_learner(building, registry.fetch(version, Path(scratch) / "bundle").learner)
+    return f"{version.name} version {version.number}"
+
+
+def _no_drift(root: Path, config: Path | None) -> dict[str, Any] | None:
+    """Why drift is no reason to retrain; None where the champion's traffic has drifted."""
+    from pipeline.deploy.drift import served_drift
+
+    registry = _registry(root)
     champion = registry.aliases().get("champion")
     if champion is None:
         raise RegistryError(f"{registry.name} has no champion yet, whose traffic could drift.")

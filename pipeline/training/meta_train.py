@@ -12,7 +12,9 @@ from pydantic import Field, PositiveInt
 from pipeline.algorithms.table import AlgorithmConfig
 from pipeline.backbones.table import build_model, init_params
 from pipeline.core.config import Section
+from pipeline.core.errors import ConfigError
 from pipeline.core.files import read_json
+from pipeline.core.functional import BACKBONE
 from pipeline.core.types import Params
 from pipeline.engine.choice import EngineConfig, choose_engine, example_group
 from pipeline.engine.learner import Learner, load_learner
@@ -69,15 +71,14 @@ class MetaTrainJob(Section):
     """Where steps that a guard refused are kept for `metaloom replay`."""
 
 
-def choose_candidate(folder: Path, candidates: list[str]) -> str:
+def choose_candidate(folder: Path, candidates: list[str]) -> Path:
     """The candidate with the best validation accuracy; the first of equals."""
     cards = {name: read_json(folder / name / "learner.json") for name in candidates}
-    return max(candidates, key=lambda name: cards[name]["origin"]["val_accuracy"])
+    return folder / max(candidates, key=lambda name: cards[name]["origin"]["val_accuracy"])
 
 
 def meta_train(
     config: MetaTrainConfig,
-    candidates: list[str],
     *,
     store: Path,
     tasks: Path,
@@ -85,14 +86,18 @@ def meta_train(
     target: Path,
     journal: Path,
 ) -> dict[str, Any]:
-    """Meta-train the best candidate on all workers; leave a sealed learner; return its metrics."""
-    chosen = pretrained / choose_candidate(pretrained, candidates)
-    checkpoints = begin_run("meta_train", config.model_dump(mode="json"), [store, tasks, chosen])
+    """Meta-train a learner on all workers; leave a sealed one; return its metrics.
+
+    Args:
+        pretrained: what to begin at: a candidate of pre-training, or an earlier run's learner.
+    """
+    inputs = [store, tasks, pretrained]
+    checkpoints = begin_run("meta_train", config.model_dump(mode="json"), inputs)
     job = MetaTrainJob(
         config=config,
         store=store,
         tasks=tasks,
-        pretrained=chosen,
+        pretrained=pretrained,
         target=target,
         checkpoints=checkpoints,
         journal=journal,
@@ -115,7 +120,7 @@ def program(
     store = open_store(job.store)
     job.config.augment.check_fits(store.image_shape, where="meta_train.augment")
     stream = read_training_stream(job.tasks)
-    template = _template(job, context)
+    template = _template(job, store, context)
     runner = Runner(engine or _engine(job, template, store, stream, context))
     source = _stream(job.config, store, stream)
     made = MetaTraining(template, store, source, context, runner, job.config.augment)
@@ -208,18 +213,36 @@ def _stream(config: MetaTrainConfig, store: Store, stream: TrainingStream) -> Tr
     )
 
 
-def _template(job: MetaTrainJob, context: Context) -> Learner:
-    """The chosen backbone under the configured algorithm, before any meta-training."""
+def _template(job: MetaTrainJob, store: Store, context: Context) -> Learner:
+    """The backbone to begin at under the configured algorithm, before any training of this run.
+
+    Raises:
+        ConfigError: it takes other pictures than the store holds.
+    """
     config = job.config
     pretrained = load_learner(job.pretrained, device=context.device)
+    if (takes := pretrained.preprocessing.image_shape) != store.image_shape:
+        raise ConfigError(
+            f"{job.pretrained} takes pictures of {_sizes(takes)}, and {store.folder} holds "
+            f"{_sizes(store.image_shape)}: training cannot begin at it. Set retrain.start to "
+            "`scratch`, or call `dvc remove data/start/champion.dvc`."
+        )
     algorithm = config.algorithm.chosen()
     model = build_model(pretrained.backbone, algorithm.batch_norm)
     features = pretrained.params
     if not config.warm_start:
         features = init_params(pretrained.backbone, config.seed)
     own = algorithm.init(model.feature_dim, torch.Generator().manual_seed(config.seed))
+    if config.warm_start and type(pretrained.algorithm) is type(algorithm):
+        own |= {n: p for n, p in features.items() if n in own and p.shape == own[n].shape}
+    features = {n: p for n, p in features.items() if n.startswith(BACKBONE)}
     params = {n: p.to(context.device) for n, p in {**features, **own}.items()}
     return replace(pretrained, algorithm=algorithm, model=model, params=params, origin={})
+
+
+def _sizes(image_shape: tuple[int, int, int]) -> str:
+    channels, height, width = image_shape
+    return f"{channels} x {height} x {width}"
 
 
 def _validated_as_it_is(template: Learner, validate: Validate) -> TrainState:

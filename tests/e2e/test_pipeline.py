@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -193,6 +195,45 @@ def test_two_clones_of_one_commit_make_the_same_bytes(clone: Path, tmp_path: Pat
     (other / "dvc.lock").unlink(missing_ok=True)
     call(other, "dvc", "repro", "evaluate")
     assert output_hashes(other) == output_hashes(clone)
+
+
+def test_a_version_is_reproduced_from_its_record_alone(clone: Path) -> None:
+    """By other numbers of workers, and though a cache holds every result; MLflow is only read."""
+    runs = count_runs(clone)
+    done = reproduced(clone, METALOOM_NUM_WORKERS="3")
+    assert done.returncode == 0, done.stderr[-6000:]
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "identical"
+    assert found["weights"]["here"] == found["weights"]["recorded"]
+    stages = ["preprocess", "sample_tasks", "pretrain@mlp", "meta_train"]
+    assert ran(done.stderr) == stages
+    assert count_runs(clone) == runs
+
+
+def test_another_kind_of_machine_is_told_and_nothing_is_computed(clone: Path) -> None:
+    done = reproduced(clone, ATEN_CPU_CAPABILITY="default")
+    assert done.returncode == 3, done.stderr[-6000:]
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "fingerprint differs"
+    assert [one.split(":")[0] for one in found["differs"]] == ["cpu_capability"]
+    assert found["weights"]["here"] is None
+    assert ran(done.stderr) == []
+
+
+def reproduced(clone: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["metaloom", "reproduce", "1", "--json"],
+        cwd=clone,
+        env={**environment(clone), **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def count_runs(folder: Path) -> int:
+    with contextlib.closing(sqlite3.connect(folder / "mlflow.db")) as database:
+        return int(database.execute("SELECT COUNT(*) FROM runs").fetchone()[0])
 
 
 def test_another_algorithm_is_one_setting(clone: Path) -> None:

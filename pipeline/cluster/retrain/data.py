@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.commands import dvc, git, try_git
+from pipeline.cluster.retrain.start import TRACKED
 from pipeline.core.config import load_value
 from pipeline.core.errors import DataError, MachineError
 from pipeline.core.files import canonical_json, read_json, sha256_bytes, sha256_file
@@ -69,6 +70,7 @@ def inputs_of(folder: Path) -> Inputs:
     source = Path(load_value(folder / "params.yaml", "preprocess.source", str))
     code = [name for name in names if name.startswith(_CODE)]
     data = [name for name in names if name.endswith(".dvc") or source in Path(name).parents]
+    data = [name for name in data if name != TRACKED]  # another champion is nothing to learn from
     if source.is_absolute():  # read where it lies, and no commit knows what lies there
         data += [path.as_posix() for path in [source, *source.rglob("*")]]
     params = yaml.safe_load((folder / _PARAMS).read_text(encoding="utf-8"))

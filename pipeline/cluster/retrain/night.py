@@ -33,6 +33,7 @@ from pipeline.cluster.retrain.data import (
 )
 from pipeline.cluster.retrain.policy import Because, RetrainConfig, State
 from pipeline.cluster.retrain.report import PAGE, RECORD, page, title
+from pipeline.cluster.retrain.start import FRESH, Bring, place_start
 from pipeline.cluster.retrain.tell import tell, webhook
 from pipeline.cluster.share import default_remote, share
 from pipeline.core.config import load_section
@@ -101,7 +102,10 @@ class _Night:
     data_remote: str | None
     environment: Mapping[str, str]
     begin: float
+    champion: Bring
     listen: Callable[[str], None] | None
+    start: str = FRESH
+    """What meta-training begins at"""
     notes: list[str] = field(default_factory=list)
 
     def told(
@@ -116,6 +120,7 @@ class _Night:
             "date": self.request.date,
             "because": self.request.because,
             "commit": self.clone.commit,
+            "start": self.start,
             "data": data,
             "model": message.released(self.clone.folder) if ran else None,
             "rules": release["decision"]["rules"] if release else [],
@@ -138,6 +143,7 @@ def retrain(
     root: Path,
     request: Request,
     *,
+    champion: Bring = lambda folder: None,
     environment: Mapping[str, str] | None = None,
     listen: Callable[[str], None] | None = None,
 ) -> Outcome:
@@ -149,6 +155,7 @@ def retrain(
     is not registered anew, and a branch that is there ends the run.
 
     Args:
+        champion: brings the learner that a policy with `start: champion` begins at.
         environment: set for the stages.
         listen: hears each line that they print.
 
@@ -171,6 +178,7 @@ def retrain(
             data_remote=default_remote(clone.folder),
             environment=environment or {},
             begin=time.time(),
+            champion=champion,
             listen=listen,
         )
         try:
@@ -202,6 +210,9 @@ def _go(night: _Night) -> Outcome:
     if reason := _too_few(night.policy, changes, inputs, before):
         night.clone.mark(done=True)
         return _end(night, night.told("too_few", reason, data=changes))
+    who = identity(night.root)
+    clone, start = place_start(night.clone, night.policy.start, night.champion, who)
+    night = replace(night, clone=clone, start=start)
     try:
         with _budget(night.policy.budget_seconds(night.request.num_workers)) as over:
             compute(

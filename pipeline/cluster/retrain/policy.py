@@ -24,6 +24,9 @@ class RetrainConfig(Section):
 
     min_new_examples: NonNegativeInt = 1
     """New training examples that a retraining needs, where neither code nor parameters changed."""
+    start: Literal["scratch", "champion"] = "scratch"
+    """Where meta-training begins: `scratch` at the best candidate of pre-training, `champion` at
+    the weights that serve now (the first model has none)."""
     max_hours: PositiveFloat = 6.0
     """Wall-clock hours; a run that takes longer is stopped behind a checkpoint and reported."""
     max_worker_hours: PositiveFloat | None = None

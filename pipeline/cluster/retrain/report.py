@@ -59,6 +59,7 @@ def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("started by", record["because"]),
         ("commit", record["commit"]),
+        ("begun at", record["start"]),
         ("model", version),
         ("wall-clock", f"{cost['seconds'] / 60:.1f} min"),
         ("workers", f"{cost['num_workers']}, {cost['worker_hours']:.2f} worker hours"),
