@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -20,10 +21,13 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.cluster.clone import only_runner, take_clone
 from pipeline.cluster.retrain.data import Inputs, compare, earlier, inputs_of
-from pipeline.cluster.retrain.night import _too_few
+from pipeline.cluster.retrain.night import Outcome, Request, _too_few, retrain
 from pipeline.cluster.retrain.policy import RetrainConfig
+from pipeline.cluster.retrain.report import PAGE
 from pipeline.cluster.retrain.repository import bring_repository
+from pipeline.cluster.retrain.start import CHAMPION, TRACKED, place_start
 from pipeline.cluster.retrain.tell import tell, webhook
 from pipeline.core.errors import ConfigError, MachineError
 from pipeline.deploy.retrain_command import DECIDED
@@ -223,6 +227,106 @@ def test_nights_with_and_without_new_data(small: Small) -> None:
         small.do("git", "branch", "--quiet", "-D", name)
     merged = small.told()  # what was merged is remembered without its branch
     assert merged["state"] == "no_change" and small.num_runs() == 2
+
+
+def test_the_champion_becomes_an_input_and_goes_again(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in small.env.items():
+        monkeypatch.setenv(name, value)
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+
+    def bring(folder: Path) -> str:
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("one")
+        return "letters version 1"
+
+    def never(folder: Path) -> str:
+        raise AssertionError
+
+    head = small.do("git", "rev-parse", "HEAD").strip()
+    with only_runner(small.folder, "retrain"):
+        clone = take_clone(small.folder, head, None, (), kind="retrain")
+    inputs = inputs_of(clone.folder)
+    placed, name = place_start(clone, "champion", bring, who)
+    assert name == "letters version 1" and placed.commit != clone.commit
+    changed = small.do("git", "-C", str(clone.folder), "show", "--name-only", "--format=", "HEAD")
+    assert set(changed.split()) == {TRACKED, "data/start/.gitignore"}
+    assert inputs_of(clone.folder) == inputs
+    assert place_start(placed, "champion", never, who) == (placed, name)  # killed behind it
+    small.do("git", "-C", str(clone.folder), *who, "commit", "-q", "--allow-empty", "-m", "a night")
+    gone, name = place_start(placed, "scratch", never, who)
+    assert name == "fresh weights" and gone.commit != placed.commit
+    assert not (clone.folder / TRACKED).exists() and not (clone.folder / CHAMPION).exists()
+
+
+@pytest.mark.slow
+def test_a_retraining_begins_where_the_policy_says(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commit that runs names the champion's hash; another champion alone is no reason."""
+    for name, value in small.env.items():
+        monkeypatch.setenv(name, value)
+    champions: list[str] = []
+
+    def bring(folder: Path) -> str | None:
+        if not champions:
+            return None
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(champions[-1])
+        return f"letters version {len(champions)}"
+
+    def night() -> Outcome:
+        return retrain(small.folder, Request(), champion=bring)
+
+    def kept(branch: str | None) -> str:
+        return small.show(f"{branch}^", "data/start/champion.dvc")
+
+    small.settings(start="champion")
+    small.commit("from the champion")
+    first = night()
+    assert (first.record["state"], first.record["start"]) == ("promoted", "fresh weights")
+    champions.append("one")
+    assert night().record["state"] == "no_change"
+    small.add("b", 2)
+    second = night()
+    assert second.record["start"] == "letters version 1"
+    assert second.branch and "letters version 1" in small.show(second.branch, PAGE)
+    md5 = hashlib.md5(b"one").hexdigest()
+    listing = f'[{{"md5": "{md5}", "relpath": "weights"}}]'
+    assert hashlib.md5(listing.encode()).hexdigest() in kept(second.branch)
+    small.do("git", "merge", "--quiet", second.branch)
+    champions.append("two")
+    small.add("b", 2)
+    monkeypatch.setenv("RUNS_LOG", "/nowhere/log")
+    with pytest.raises(MachineError):
+        night()  # ended behind the choice of a start
+    monkeypatch.setenv("RUNS_LOG", small.env["RUNS_LOG"])
+    champions.append("three")
+    third = night()  # the same run goes on
+    assert third.record["start"] == "letters version 2"
+    assert kept(third.branch) != kept(second.branch)
+    small.settings(start="scratch")
+    small.add("b", 2)
+    small.commit("from scratch")
+    fourth = night()
+    assert fourth.record["start"] == "fresh weights"
+    with pytest.raises(AssertionError, match="champion.dvc"):
+        kept(fourth.branch)
+
+
+def test_fresh_weights_and_the_champions_at_once_are_refused(
+    small: Small, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in small.env.items():
+        monkeypatch.setenv(name, value)
+    small.settings(start="champion")
+    params = yaml.safe_load((small.folder / "params.yaml").read_text())
+    params["meta_train"] = {"warm_start": False}
+    small.write("params.yaml", yaml.safe_dump(params))
+    small.commit("both")
+    with pytest.raises(ConfigError, match="begins with fresh weights"):
+        retrain(small.folder, Request())
 
 
 @pytest.mark.slow

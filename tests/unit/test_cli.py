@@ -23,7 +23,7 @@ COMMANDS = {
     "cluster",
     "retrain",
     *("doctor", "promote", "release", "replay", "report", "rollback", "run", "schema", "serve"),
-    *("share", "ui", "upload", "lineage", "join", "keys", "export"),
+    *("share", "ui", "upload", "lineage", "join", "keys", "export", "reproduce"),
 }
 
 

@@ -53,7 +53,8 @@ def place_start(
         dvc(folder, "remove", TRACKED)
         shutil.rmtree(folder / CHAMPION, ignore_errors=True)
     name = name or FRESH
-    git(folder, "add", "--all", "--", "data/start")
+    if (folder / TRACKED).parent.is_dir():
+        git(folder, "add", "--all", "--", str(Path(TRACKED).parent))
     if try_git(folder, "diff", "--cached", "--quiet").returncode != 0:
         text = f"Start at {name}\n\n{START}: {name}"
         git(folder, *who, "commit", "--quiet", "--no-verify", "--message", text)
