@@ -198,13 +198,24 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel(
             "Runs under way",
-            "Stage and pace: `metaloom cluster status`; accuracy and tasks/s: MLflow.",
+            "Logs: `metaloom cluster logs`; accuracy and losses: MLflow.",
             [
                 (
                     f"sum by (job_name) (kube_job_status_active{_JOBS})",
                     "{{job_name}}",
                 )
             ],
+        ),
+        Panel(
+            "Tasks per second",
+            "Of the stage that runs, all workers together.",
+            [("sum by (run, stage) (metaloom_run_tasks_per_second)", "{{stage}} of {{run}}")],
+        ),
+        Panel(
+            "Time left",
+            "Of the stage that runs, at its present pace.",
+            [("max by (run, stage) (metaloom_run_eta_seconds)", "{{stage}} of {{run}}")],
+            "s",
         ),
         Panel(
             "Runs that failed",

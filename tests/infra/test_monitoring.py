@@ -21,6 +21,8 @@ import pytest
 import yaml
 
 from infra.monitoring.dashboard import TARGET, dashboard, queries
+from pipeline.cluster.kube.exported import PORT_VARIABLE
+from pipeline.cluster.kube.exported import exported as driver_metrics
 from pipeline.deploy.bundle import Bundle, make_bundle
 from pipeline.deploy.drift import BINS, Reference
 from pipeline.deploy.smoke import free_port
@@ -115,6 +117,19 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
         assert served.stop() == 0
 
 
+@pytest.fixture(scope="module")
+def driver() -> Iterator[int]:
+    """The port of a driver's metrics, in the middle of meta-training."""
+    port = free_port()
+    progress = {"run": "metaloom-retrain-29385120", "stage": "meta_train"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(PORT_VARIABLE, str(port))
+        with driver_metrics() as note:
+            numbers = {"step": 8, "num_steps": 64, "tasks_per_second": 2.5, "eta_seconds": 179.2}
+            note({**progress, **numbers})
+            yield port
+
+
 def ask(served: ServiceProcess, key: str, times: int) -> None:
     with http(served, key) as client:
         made = client.post("/v1/learners", json={"support": support()})
@@ -127,17 +142,21 @@ def ask(served: ServiceProcess, key: str, times: int) -> None:
 
 
 def scraped(served: ServiceProcess) -> str:
-    with urllib.request.urlopen(f"{served.url}/metrics") as answer:
+    return told_at(served.url)
+
+
+def told_at(url: str) -> str:
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
         return str(answer.read().decode())
 
 
-def exported(served: ServiceProcess) -> set[str]:
-    """Names of the samples of /metrics."""
-    return set(re.findall(r"^([a-z_]+)[{ ]", scraped(served), re.MULTILINE))
+def names(text: str) -> set[str]:
+    """Of the samples of /metrics."""
+    return set(re.findall(r"^([a-z_]+)[{ ]", text, re.MULTILINE))
 
 
-def test_every_metric_of_rules_and_dashboard_exists(service: ServiceProcess) -> None:
-    present = exported(service)
+def test_every_metric_of_rules_and_dashboard_exists(service: ServiceProcess, driver: int) -> None:
+    present = names(scraped(service)) | names(told_at(f"http://127.0.0.1:{driver}"))
     named = {n for rule in ALL_RULES for n in selectors(rule["expr"])}
     named |= {n for query in queries() for n in selectors(query)}
     assert len(named) > 15
@@ -196,6 +215,8 @@ def status(code: str, step: int) -> tuple[str, int]:
 REQUESTS = "metaloom_requests_total"
 NIGHT = 'cronjob="metaloom-retrain"'
 RUN = 'job_name="metaloom-retrain-29385120"'
+STAGE = 'run="metaloom-retrain-29385120",stage="meta_train"'
+STEPS = {f"metaloom_run_num_steps{{{STAGE}}}": "64x60"}
 CASES = {
     "MetaloomDown": Case(
         {'metaloom_ready{instance="a"}': "1 0x60", 'metaloom_ready{instance="b"}': "0x60"},
@@ -274,6 +295,15 @@ CASES = {
             'kube_job_status_failed{job_name="x"}': "1x60",
         },
         also=[{'kube_job_status_failed{job_name="metaloom-backup-1"}': "1x60"}],
+    ),
+    "MetaloomRetrainingStands": Case(
+        {f"metaloom_run_step{{{STAGE}}}": "0+1x20 20x60", **STEPS},
+        {f"metaloom_run_step{{{STAGE}}}": "0+0.1x600", **STEPS},
+        at="60m",
+        also=[
+            {f"metaloom_run_step{{{STAGE}}}": "0+1x20 64x60", **STEPS},  # it is done
+            {f"metaloom_run_step{{{STAGE}}}": "_x50 0x60", **STEPS},  # it has just begun
+        ],
     ),
     "MetaloomRetrainingLong": Case(
         {
@@ -392,8 +422,10 @@ def test_grafanas_own_types_read_the_dashboard_and_lose_nothing() -> None:
 
 
 @pytest.fixture(scope="module")
-def prometheus(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real one, on loopback, that scrapes the service and has our rules."""
+def prometheus(
+    service: ServiceProcess, driver: int, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """A real one, on loopback, that scrapes the service and a driver, and has our rules."""
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("prometheus is not installed (Debian: the package `prometheus`)")
@@ -406,7 +438,9 @@ def prometheus(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory
         "scrape_configs": [
             {
                 "job_name": "metaloom",
-                "static_configs": [{"targets": [f"127.0.0.1:{service.port}"]}],
+                "static_configs": [
+                    {"targets": [f"127.0.0.1:{service.port}", f"127.0.0.1:{driver}"]}
+                ],
             }
         ],
     }
@@ -431,6 +465,7 @@ def prometheus(service: ServiceProcess, tmp_path_factory: pytest.TempPathFactory
         more = "sum(increase(metaloom_rows_together_count[1m])) > 0"
         _until(lambda: bool(_value(url, more)), folder / "log")
         _until(lambda: bool(_value(url, "metaloom:errors:ratio5m == 0")), folder / "log")
+        _until(lambda: bool(_value(url, "metaloom_run_step")), folder / "log")
         yield url
     finally:
         process.terminate()

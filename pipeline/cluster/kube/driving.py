@@ -7,12 +7,13 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from pipeline.cluster.kube.connect import connect, in_cluster
+from pipeline.cluster.kube.exported import exported
 from pipeline.cluster.kube.lease import Held, single_flight
 from pipeline.core.errors import StoppedError
 
@@ -38,10 +39,10 @@ def driving() -> Iterator[Callable[[str], None] | None]:
     run = run_of(socket.gethostname())
     before = signal.signal(signal.SIGTERM, _stop)  # while a stage runs, that gets the signal
     try:
-        with single_flight(connect(), run) as held:
+        with exported() as export, single_flight(connect(), run) as held:
             held.on_lost = lambda: os.kill(os.getpid(), signal.SIGTERM)  # no two may work at once
             held.check()
-            yield Listener(run, held)
+            yield Listener(run, held, export)
             held.check()
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -58,19 +59,28 @@ def run_of(pod: str) -> str:
 
 
 class Listener:
-    """Hears what DVC and the stages print; shows stage, step and rate on the Lease."""
+    """Hears what DVC and the stages print; shows stage, step and rate on the Lease.
 
-    def __init__(self, run: str, held: Held) -> None:
-        self._run, self._held = run, held
+    Args:
+        export: shows the same to Prometheus.
+    """
+
+    def __init__(self, run: str, held: Held, export: Callable[[Mapping[str, Any]], None]) -> None:
+        self._run, self._held, self._export = run, held, export
         self._stage = ""
 
     def __call__(self, line: str) -> None:
         """One line of output."""
         if found := _STAGE.match(line):
             self._stage = found[1]
-            self._held.note({"run": self._run, "stage": self._stage})
+            self._note({})
         elif record := _progress(line):
-            self._held.note({"run": self._run, "stage": self._stage, **record})
+            self._note(record)
+
+    def _note(self, record: Mapping[str, Any]) -> None:
+        progress = {"run": self._run, "stage": self._stage, **record}
+        self._held.note(progress)
+        self._export(progress)
 
 
 def _progress(line: str) -> dict[str, Any] | None:
