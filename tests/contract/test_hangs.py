@@ -53,7 +53,7 @@ def test_a_worker_that_never_comes_is_named_and_all_start_again(
 @pytest.mark.parametrize(
     ("what", "waits"),
     [
-        ("checkpoints", True),
+        pytest.param("checkpoints", True, marks=_SLOW),
         ("checkpoints", False),
         ("validation", True),
         pytest.param("validation", False, marks=_SLOW),

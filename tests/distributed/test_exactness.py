@@ -34,6 +34,7 @@ def test_one_two_three_and_four_workers_end_with_the_same_weights(
     assert all(m == metrics[0] for m in metrics)
 
 
+@pytest.mark.slow
 def test_the_comparison_can_fail(blob_store: Store, blob_tasks: Path, tmp_path: Path) -> None:
     """With the backend's own all-reduce the worlds differ: the exactness above is the tree's doing."""
     digests = []
@@ -49,7 +50,13 @@ def test_the_comparison_can_fail(blob_store: Store, blob_tasks: Path, tmp_path: 
 _MAML = AlgorithmConfig(name="maml", maml=MAML(num_inner_steps=2))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param(name, marks=() if name in ("loop", "vmap_split") else pytest.mark.slow)
+        for name in STRATEGIES
+    ],
+)
 def test_maml_ends_with_the_same_bits_by_every_strategy(
     strategy: Any, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:

@@ -189,6 +189,7 @@ def restored(folder: Path) -> list[dict[str, str]]:
     ]
 
 
+@pytest.mark.slow
 def test_two_clones_of_one_commit_make_the_same_bytes(clone: Path, tmp_path: Path) -> None:
     call(tmp_path, "git", "clone", "--quiet", str(clone), str(tmp_path / "other"))
     other = tmp_path / "other"
@@ -238,7 +239,7 @@ def count_runs(folder: Path) -> int:
 
 def test_another_algorithm_is_one_setting(clone: Path) -> None:
     commit(clone, "results")
-    call(clone, "dvc", "exp", "run", "-S", "meta_train.algorithm.name=maml")
+    call(clone, "dvc", "exp", "run", "-S", "meta_train.algorithm.name=maml", "evaluate")
     card = json.loads((clone / "models/meta/learner.json").read_text())
     assert card["algorithm"] == "maml"
     metrics = json.loads((clone / "results/evaluate/metrics.json").read_text())["glyphs"]

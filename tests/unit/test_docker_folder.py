@@ -147,6 +147,7 @@ def test_a_version_that_was_taken_on_gives_the_same_image(registry: Registry, im
     }
 
 
+@pytest.mark.slow
 def test_altered_weights_do_not_start(image: Path, tmp_path: Path) -> None:
     weights = image / "model_dir" / "artifacts" / "bundle" / "weights.safetensors"
     before = weights.read_bytes()

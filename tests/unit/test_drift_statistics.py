@@ -386,6 +386,7 @@ def verdict(
     return told.verdict
 
 
+@pytest.mark.slow
 def test_real_pictures_of_another_kind_are_found_and_other_letters_are_not(
     world: World, tmp_path: Path
 ) -> None:

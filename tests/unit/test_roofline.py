@@ -183,6 +183,7 @@ def test_convolutions_that_take_tf32_are_compared_with_its_speed() -> None:
 # --- record and page ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_contest_leaves_the_roofline_of_its_eager_loop(tmp_path: Path) -> None:
     """A real process counts what is counted here; bf16 moves half the bytes at its own speed."""
     found = measure(SMALL, [Contestant(engine="eager")], Effort(rounds=1), FAST, Record())
@@ -247,6 +248,7 @@ def children(pid: int) -> list[int]:
     return [int(child) for child in found]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="reads /proc")
 def test_a_driver_that_is_told_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.contest", "--cases", "9", "--device", "cpu"]

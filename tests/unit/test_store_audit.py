@@ -113,9 +113,9 @@ def test_the_product_of_views_is_the_correlation(seed: int, channels: int, size:
         for picture in pixels
     ]
     view = views(pixels).astype(np.float64)
-    assert (
-        np.abs(view @ view.T / 2**22 - np.corrcoef(pooled)).max() < 4e-3
-    )  # rounding to whole numbers
+    # Each value is rounded by up to a half: that much of the other's values, and of its own errors.
+    rounding = (np.abs(view).sum(axis=1).max() + view.shape[1] / 4) / 2**22
+    assert np.abs(view @ view.T / 2**22 - np.corrcoef(pooled)).max() <= rounding < 0.02
     assert np.array_equal(views(pixels[2:]), views(pixels)[2:])
 
 
