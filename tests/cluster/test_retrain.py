@@ -330,6 +330,21 @@ def test_fresh_weights_and_the_champions_at_once_are_refused(
 
 
 @pytest.mark.slow
+def test_what_another_machine_did_is_not_done_again(small: Small, tmp_path: Path) -> None:
+    """Nobody fetches by hand."""
+    small.do("git", "clone", "--quiet", "--bare", str(small.folder), str(tmp_path / "origin"))
+    small.do("git", "remote", "add", "origin", str(tmp_path / "origin"))
+    other = tmp_path / "other"
+    small.do("git", "clone", "--quiet", str(tmp_path / "origin"), str(other))
+    command = [sys.executable, "-m", "pipeline.cli", "retrain", "--local", "--remote", "origin"]
+    done = attempt(other, small.env, *command)
+    assert done.returncode == 0 and "promoted" in done.stdout, done.stderr
+    told = small.told("--local", "--remote", "origin")
+    assert told["state"] == "no_change" and told["branch"].startswith("origin/retrain/")
+    assert small.num_runs() == 1
+
+
+@pytest.mark.slow
 def test_code_is_reason_enough_and_the_policy_is_none(small: Small) -> None:
     small.told()
     small.settings(min_new_examples=5)

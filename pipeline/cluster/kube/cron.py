@@ -47,7 +47,7 @@ class Schedule(NamedTuple):
     months: frozenset[int]
     weekdays: frozenset[int]
     any_day: bool
-    """One of the two fields for days is `*`: then both have to match, else either."""
+    """One of the two fields for days is open (`*`): then both have to match, else either."""
 
     def is_day(self, day: datetime) -> bool:
         """Whether it runs at all on this day."""
@@ -75,8 +75,14 @@ def parse_cron(text: str) -> Schedule:
     minutes, hours, days, months, weekdays = (
         _parse(field, kind, text) for field, kind in zip(fields, _FIELDS, strict=True)
     )
-    any_day = any(fields[index][0] in "*?" for index in (2, 4))
+    any_day = any(_is_open(fields[index]) for index in (2, 4))
     return Schedule(minutes, hours, days, months, weekdays, any_day)
+
+
+def _is_open(field: str) -> bool:
+    """Whether it leaves all open, as the CronJob controller's library (robfig/cron 3) sees it: `*`
+    does, and `*/2` does not, though other crons say so."""
+    return any(re.fullmatch(r"[*?](/0*1)?", part) for part in field.split(","))
 
 
 def _parse(field: str, kind: _Field, whole: str) -> frozenset[int]:

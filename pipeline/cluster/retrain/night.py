@@ -132,6 +132,7 @@ class _Night:
         seconds = time.time() - self.begin
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return {
+            "attempt": self.clone.attempt,
             "seconds": round(seconds, 1),
             "num_workers": self.request.num_workers,
             "worker_hours": round(seconds * self.request.num_workers / 3600, 4),
@@ -162,8 +163,8 @@ def retrain(
     Raises:
         PipelineError: a stage, git, DVC or a data source failed; the webhook has been told.
     """
-    if request.remote is not None:
-        check_remote(root, request.remote)
+    if request.remote is not None:  # the nights of others are known by their branches
+        git(root, "fetch", "--quiet", "--", check_remote(root, request.remote))
     with only_runner(root, KIND):
         commit = resolve_commit(root, request.commit)
         clone = take_clone(root, commit, None, (), kind=KIND)

@@ -56,12 +56,16 @@ def _facts(record: dict[str, Any]) -> list[tuple[str, str]]:
         if model
         else "none"
     )
+    attempt = cost["attempt"]
     return [
         ("started by", record["because"]),
         ("commit", record["commit"]),
         ("begun at", record["start"]),
         ("model", version),
-        ("wall-clock", f"{cost['seconds'] / 60:.1f} min"),
+        (
+            "wall-clock" + (f" of attempt {attempt:.0f}, the last one" if attempt > 1 else ""),
+            f"{cost['seconds'] / 60:.1f} min",
+        ),
         ("workers", f"{cost['num_workers']}, {cost['worker_hours']:.2f} worker hours"),
         ("processor time here", f"{cost['cpu_seconds'] / 60:.1f} min"),
     ]
