@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import torch
 import torch.nn.functional as F
 from pydantic import PositiveInt
 from torch import Tensor, nn
@@ -44,5 +45,21 @@ class Conv4(nn.Module):
         x = channels_last(x)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             # The maximum of a ReLU is the ReLU of the maximum, on a quarter of the numbers.
-            x = F.relu(F.max_pool2d(norm(conv(x), statistics, collected), 2))
+            if statistics is None or torch.is_grad_enabled() or norm.weight.ndim != 1:
+                x = F.relu(F.max_pool2d(norm(conv(x), statistics, collected), 2))
+            else:
+                x = F.relu(_normalised_maxima(conv, norm, x, statistics))
         return x.flatten(1), collected
+
+
+def _normalised_maxima(
+    conv: Convolution, norm: BatchNorm, x: Tensor, statistics: Statistics
+) -> Tensor:
+    """Batch norm behind the pooling too, with the same bits as before it.
+
+    Normalising by given statistics never falls in a channel whose weight is positive, and so leaves
+    the maximum where it is. Of a channel with a negative weight the convolution gives the opposite,
+    by the opposite filter: rounding is symmetric.
+    """
+    signs = norm.weight.sign()
+    return norm.given(F.max_pool2d(conv(x, signs), 2), statistics, signs)

@@ -34,9 +34,15 @@ class Convolution(nn.Module):
         self.weight = nn.Parameter(torch.empty(after, before, side, side))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv2d's own rule
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, O, H, W] of [B, I, H, W]."""
+    def forward(self, x: Tensor, signs: Tensor | None = None) -> Tensor:
+        """[B, O, H, W] of [B, I, H, W].
+
+        Args:
+            signs: [O] of 1 and -1; the latter's filters are taken with the opposite sign.
+        """
         weight: Tensor = self.weight
+        if signs is not None:
+            weight = weight * signs[:, None, None, None]
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # it does not see _Convolve
             dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(dtype), weight.to(dtype)

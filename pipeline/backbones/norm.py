@@ -39,15 +39,27 @@ class BatchNorm(nn.Module):
         Gradients flow through both kinds of statistics.
         """
         if statistics is not None:
-            mean, var = statistics[f"{self.name}.mean"], statistics[f"{self.name}.var"]
             if not torch.is_grad_enabled():
-                return F.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, EPSILON)
+                return self.given(x, statistics)
+            mean, var = statistics[f"{self.name}.mean"], statistics[f"{self.name}.var"]
             given: Tensor = _NormaliseByGiven.apply(x, self.weight, self.bias, mean, var)  # type: ignore[no-untyped-call]
             return given
         result, mean, inverse = _Normalise.apply(x, self.weight, self.bias)  # type: ignore[no-untyped-call]
         collected[f"{self.name}.mean"] = mean
         collected[f"{self.name}.var"] = inverse**-2 - EPSILON
         return result  # type: ignore[no-any-return]
+
+    def given(self, x: Tensor, statistics: Statistics, signs: Tensor | None = None) -> Tensor:
+        """By given statistics, without gradients.
+
+        Args:
+            signs: [C] of 1 and -1; the latter's channels come with the opposite sign.
+        """
+        mean, var = statistics[f"{self.name}.mean"], statistics[f"{self.name}.var"]
+        weight: Tensor = self.weight
+        if signs is not None:
+            mean, weight = mean * signs, weight * signs
+        return F.batch_norm(x, mean, var, weight, self.bias, False, 0.0, EPSILON)
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.backbones.conv4 import Conv4, Conv4Config
 from pipeline.backbones.convolution import Convolution, _Convolve
 from pipeline.backbones.layout import channels_last
 from pipeline.backbones.norm import EPSILON, BatchNorm, _Normalise, moments
@@ -46,6 +48,25 @@ def test_given_statistics_match_pytorch_in_evaluation(shape: tuple[int, ...]) ->
     given = {"n.mean": theirs.running_mean, "n.var": theirs.running_var}
     x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(ours(x, given, {}), theirs(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("width", "side"), [(64, 28), (5, 33), (7, 84)])
+def test_normalising_behind_the_pooling_has_the_same_bits(width: int, side: int) -> None:
+    """Whatever the sign of a channel's weight."""
+    made = torch.Generator().manual_seed(width)
+    net = Conv4(Conv4Config(width=width), (3, side, side))
+    with torch.no_grad():
+        for norm in net.norms:
+            norm.weight.copy_(torch.randn(width, generator=made))
+            norm.bias.copy_(torch.randn(width, generator=made))
+            norm.weight[:2] = torch.tensor([0.0, -0.7])
+        _, statistics = net(torch.randn(16, 3, side, side, generator=made))
+        x = torch.randn(9, 3, side, side, generator=made)
+        found, _ = net(x, statistics)
+        expected = channels_last(x)
+        for conv, norm in zip(net.convs, net.norms, strict=True):
+            expected = F.relu(F.max_pool2d(norm(conv(expected), statistics, {}), 2))
+    assert torch.equal(found, expected.flatten(1))
 
 
 def test_gradients_flow_through_statistics_twice() -> None:
