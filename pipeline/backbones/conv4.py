@@ -48,7 +48,7 @@ class Conv4(nn.Module):
             if statistics is None or torch.is_grad_enabled() or norm.weight.ndim != 1:
                 x = F.relu(F.max_pool2d(norm(conv(x), statistics, collected), 2))
             else:
-                x = F.relu(_normalised_maxima(conv, norm, x, statistics))
+                x = F.relu(_normalised_maxima(conv, norm, x, statistics))  # type: ignore[arg-type]
         return x.flatten(1), collected
 
 

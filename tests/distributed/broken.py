@@ -99,6 +99,8 @@ class Slow(Section):
     """`compute`, `data`, `checkpoints`, `validation`, `incident` or `uploads`"""
     waits: bool = True
     """False: the others go on into the next exchange"""
+    begun: Path | None = None
+    """Made when it is slow for the first time"""
 
 
 _PLACES: dict[str, tuple[Any, str]] = {
@@ -120,6 +122,8 @@ def slowed(plan: Slow, context: Context) -> dict[str, Any]:
         quick = getattr(owner, name)
 
         def slow(*arguments: Any) -> Any:
+            if plan.begun is not None:
+                plan.begun.touch()
             time.sleep(plan.seconds)
             return quick(*arguments)
 
