@@ -124,12 +124,13 @@ class Desk:
         return held if held or self._ending else self._queue.get()
 
     def _company(self, first: _Ticket) -> list[_Ticket]:
-        """A job, and those behind it that can share its passes."""
+        """A job, and those behind it that can share its passes, and begin no other for a few rows."""
         version, together, rows = first.job.version, [first], len(first.job.pictures)
         most = _PASSES_TOGETHER * version.rows_per_pass
         while version.embeds_alone and rows < most and not self._queue.empty():
             ticket = self._queue.get()
-            if ticket is None or ticket.job.version is not version:
+            fits = ticket is not None and rows + len(ticket.job.pictures) <= most
+            if ticket is None or ticket.job.version is not version or not fits:
                 self._held = ticket
                 self._ending = ticket is None
                 break
