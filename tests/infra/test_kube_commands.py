@@ -116,6 +116,18 @@ def test_a_run_is_the_cron_job_s_own_with_the_commit(
     assert driver["args"] == template["template"]["spec"]["containers"][0]["args"]
 
 
+def test_what_sets_a_run_off_is_told_to_its_driver(
+    cluster: Cluster, repository: str, metaloom: Command
+) -> None:
+    cluster.apply_retraining()
+    run = json.loads(metaloom("submit", "--because", "drift", "--json"))["run"]
+    job = cluster.kube.get(JOBS, run)
+    driver = job["spec"]["template"]["spec"]["containers"][0]
+    assert {"name": "METALOOM_BECAUSE", "value": "drift"} in driver["env"]
+    assert job["metadata"]["annotations"]["metaloom.dev/because"] == "drift"
+    assert "drift" in metaloom("submit", "--because", "moon", status=2)
+
+
 def test_submitting_twice_is_submitting_once(
     cluster: Cluster, metaloom: Command, submitted: str
 ) -> None:

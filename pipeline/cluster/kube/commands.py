@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.cluster.retrain.policy import Because
 from pipeline.core.errors import ConfigError, MachineError
 
 if TYPE_CHECKING:
@@ -81,13 +82,15 @@ def submit(
     namespace: Namespace = None,
     context: Context = None,
     dry_run: DryRun = None,
+    because: Annotated[Because, typer.Option(help="What sets it off; for its report.")] = "manual",
     wait: Annotated[bool, typer.Option("--wait", help="Until it has ended.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Have one commit retrained now.
 
     Its name comes from the commit and its params.yaml: submitting it again changes nothing. The
-    driver in the cluster clones the commit, so it must have been pushed.
+    driver in the cluster clones the commit, so it must have been pushed. With --because drift it
+    ends at once unless the served traffic has drifted, for alerts that call this.
 
     \b
       metaloom cluster submit
@@ -97,7 +100,7 @@ def submit(
 
     full, params_hash = _commit_and_params(commit)
     kube = _kube(namespace, context)
-    done = send(kube, full, params_hash, dry_run=_dry(dry_run))
+    done = send(kube, full, params_hash, because=because, dry_run=_dry(dry_run))
     if wait and dry_run is None:
         _wait(kube, done.run, as_json)
         return

@@ -124,7 +124,7 @@ class Desk:
         return held if held or self._ending else self._queue.get()
 
     def _company(self, first: _Ticket) -> list[_Ticket]:
-        """A job, and those behind it that can share its passes, and begin no other for a few rows."""
+        """A job, and those behind it that fill its passes; none that would begin one more."""
         version, together, rows = first.job.version, [first], len(first.job.pictures)
         most = _PASSES_TOGETHER * version.rows_per_pass
         while version.embeds_alone and rows < most and not self._queue.empty():
