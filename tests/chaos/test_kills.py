@@ -289,7 +289,9 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on(
     found = campaign(f"SIGSTOP of a worker, {launcher}")
     found.most_lost = CHECKPOINT_EVERY
     timeout = 4.0
-    found.most_noticed = timeout + 1.0 + RAY_PRINTS_SECONDS * (launcher == "ray_train")
+    # torchrun's and Ray's workers meet at the first one: whether that one lives takes a bit longer.
+    found.most_noticed = timeout + (1.0 if launcher == "local" else 2.0)
+    found.most_noticed += RAY_PRINTS_SECONDS * (launcher == "ray_train")
     environment["METALOOM_TIMEOUT_SECONDS"] = str(timeout)
     expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
     rng, stops = random.Random(11), list[int]()
