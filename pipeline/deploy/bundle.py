@@ -6,20 +6,25 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from safetensors import SafetensorError
 
 from pipeline.core.errors import ArtefactError, PipelineError
 from pipeline.core.files import MANIFEST, canonical_json, new_folder, read_json, sha256_file, verify
 from pipeline.deploy.drift import Reference
+from pipeline.deploy.golden import Golden, golden_of
 from pipeline.engine.learner import DESCRIPTION, WEIGHTS, Learner, load_learner
 
 FORMAT_VERSION = 2
-EVIDENCE, CARD, REFERENCE = "evaluation.json", "card.md", "drift.json"
+EVIDENCE, CARD = "evaluation.json", "card.md"
+REFERENCE, GOLDEN = "drift.json", "golden.json"
 FILES = frozenset({WEIGHTS, DESCRIPTION, EVIDENCE, CARD})
-"""In every bundle; what traffic is compared with may be there too"""
+"""In every bundle; what traffic is compared with, and a golden episode, may be there too"""
+_LATER = frozenset({REFERENCE, GOLDEN})
 _KIND = "metaloom bundle"
+_Part = TypeVar("_Part", bound=BaseModel)
 _HEADER = {"kind": _KIND, "format_version": FORMAT_VERSION}
 _EVIDENCE_KEYS = {
     1: {"domain", "settings"},  # before there was a temperature: it is 1
@@ -46,6 +51,8 @@ class Bundle:
     weights_digest: str
     reference: Reference | None = None
     """What its traffic is compared with; None in bundles from before there was any."""
+    golden: Golden | None = None
+    """Answers that it must still give where it is loaded; None in bundles from before that."""
 
     @property
     def temperature(self) -> float:
@@ -95,6 +102,10 @@ def make_bundle(
         if reference is not None:
             told = canonical_json(reference.model_dump(mode="json"))
             (folder / REFERENCE).write_text(told, encoding="utf-8")
+        temperature = float(calibration["temperature"]) if calibration else 1.0
+        golden = golden_of(load_learner(learner_folder), temperature)
+        told = canonical_json(golden.model_dump(mode="json"))
+        (folder / GOLDEN).write_text(told, encoding="utf-8")
     return load_bundle(target)
 
 
@@ -129,7 +140,8 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
             card=(folder / CARD).read_text(encoding="utf-8"),
             digest=found,
             weights_digest=sha256_file(folder / WEIGHTS),
-            reference=_reference(folder),
+            reference=_part(folder / REFERENCE, Reference),
+            golden=_part(folder / GOLDEN, Golden),
         )
         if _digest_of(folder) != before:  # its parts may be of two bundles, each of them whole
             raise ArtefactError(f"{folder} was replaced while it was read. Open it again.")
@@ -151,10 +163,9 @@ def load_bundle(folder: Path, *, digest: str | None = None) -> Bundle:
         ) from None
 
 
-def _reference(folder: Path) -> Reference | None:
-    """None where the bundle has none; ValueError where it is no reference."""
-    path = folder / REFERENCE
-    return Reference.model_validate(read_json(path)) if path.exists() else None
+def _part(path: Path, kind: type[_Part]) -> _Part | None:
+    """None where the bundle has none; ValueError where it is none of its kind."""
+    return kind.model_validate(read_json(path)) if path.exists() else None
 
 
 def _digest_of(folder: Path) -> str | None:
@@ -188,10 +199,11 @@ def _check_manifest(folder: Path) -> int:
     """
     manifest = verify(folder)
     files = set(manifest.pop("files"))
-    if files - {REFERENCE} != FILES:
+    if files - _LATER != FILES:
         raise ArtefactError(
-            f"{folder} is no bundle: it must hold exactly {sorted(FILES)} (and {REFERENCE}, if it "
-            f"has one); missing {sorted(FILES - files)}, extra {sorted(files - FILES)}."
+            f"{folder} is no bundle: it must hold exactly {sorted(FILES)} (and "
+            f"{' and '.join(sorted(_LATER))}, if it has them); missing {sorted(FILES - files)}, "
+            f"extra {sorted(files - FILES - _LATER)}."
         )
     version = manifest.get("format_version")
     if manifest != {"kind": _KIND, "format_version": version} or version not in (1, FORMAT_VERSION):

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from pipeline.core.errors import ArtefactError, PipelineError
 from pipeline.core.files import read_json, write_json
+from pipeline.deploy.golden import TOLERANCE, WAYS, difference, made_up_episode
 from pipeline.deploy.serve.messages import ModelRef, Refused
 from pipeline.deploy.serve.model import Version
 from pipeline.deploy.serve.sources import Found, Source
@@ -26,7 +26,6 @@ Role = Literal["champion", "challenger"]
 _ROLES: tuple[Role, ...] = ("champion", "challenger")
 _LAST, _LOCK = "last.json", ".lock"
 _KEPT_VERSIONS = 8
-_TRIAL_SHOTS = 3
 
 
 @dataclass
@@ -240,31 +239,32 @@ class Fleet:
 
 
 def try_out(version: Version) -> None:
-    """Learn and answer one made-up episode.
-
-    Two classes of noise, each a picture that is disturbed a little, which any network tells apart
-    that can tell anything apart.
+    """Learn and answer the golden episode.
 
     Raises:
-        ArtefactError: it fails, or its answers are no probabilities, or are wrong.
+        ArtefactError: it fails, or its answers are no probabilities, or are wrong, or are not those
+            that the bundle holds.
     """
-    rng = np.random.default_rng(0)
-    shape = version.learner.preprocessing.image_shape
-    bases = rng.integers(0, 256, (2, 1, *shape))
-    noise = rng.integers(-8, 9, (2, _TRIAL_SHOTS + 1, *shape))
-    pictures = np.clip(bases + noise, 0, 255).astype(np.uint8)
-    support = pictures[:, :-1].reshape(-1, *shape)
+    episode = made_up_episode(version.learner.preprocessing.image_shape)
     try:
         with torch.no_grad():
-            ready = version.learn(support, [0] * _TRIAL_SHOTS + [1] * _TRIAL_SHOTS, 2)
-            found = version.answer(ready, pictures[:, -1]).probabilities
+            ready = version.learn(episode.support, episode.labels, WAYS)
+            answers = version.answer(ready, episode.query)
     except Exception as error:
         raise ArtefactError(
             f"the bundle {version.ref.bundle[:12]} cannot answer: {type(error).__name__}: {error}"
         ) from None
-    right = found.shape == (2, 2) and found.argmax(dim=1).tolist() == [0, 1]
-    if not right or not torch.allclose(found.sum(dim=1), torch.ones(2), atol=1e-4):
+    found = answers.probabilities
+    right = found.shape == (WAYS + 1, WAYS) and found[:WAYS].argmax(dim=1).tolist() == [0, 1]
+    if not right or not torch.allclose(found.sum(dim=1), torch.ones(WAYS + 1), atol=1e-4):
         raise ArtefactError(
             f"the bundle {version.ref.bundle[:12]} answers wrongly: two classes that hardly vary "
             f"get {found.tolist()}."
+        )
+    golden = version.bundle.golden
+    if golden is not None and (far := difference(golden, found, answers.similarity)) > TOLERANCE:
+        raise ArtefactError(
+            f"the bundle {version.ref.bundle[:12]} answers its golden episode otherwise than when "
+            f"it was made, by {far:.2g} ({TOLERANCE:g} is allowed): is this another version of the "
+            "program, or of PyTorch?"
         )
