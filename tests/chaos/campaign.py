@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.core.files import read_json, write_json
+from pipeline.runtime.lineage import git_state
+from tests.conftest import REPOSITORY
 
 RESULTS = Path("results/chaos.json")
 
@@ -103,5 +105,11 @@ def save(campaign: Campaign, path: Path = RESULTS) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         rows = read_json(path)["rows"] if path.exists() else []
         kept = [row for row in rows if (row["fault"], row["size"]) != (campaign.fault, size)]
-        new = {**campaign.row(), "size": size}
+        new = {**campaign.row(), "size": size, "commit": _commit()}
         write_json(path, {"rows": sorted([*kept, new], key=lambda row: row["fault"])})
+
+
+def _commit() -> str:
+    """What was tried, in short; with a + where the working tree differs from it."""
+    state = git_state(REPOSITORY)
+    return state.commit[:7] + "+" * state.dirty

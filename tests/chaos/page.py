@@ -17,10 +17,11 @@ From `results/chaos.json`, which `make chaos SIZE=full` writes; this page by `py
 tests.chaos.page`. A try whose fault came before any progress would have failed its campaign, and so
 would other bits than an undisturbed run's, or more lost steps than the campaign allows (for kills:
 the 12 steps between two checkpoints). Seconds are from the fault until the next new step, on two cores
-that ran other campaigns too. Campaigns that the record does not hold are not listed.
+that ran other work too; noticed is the longest time until the log said that something was wrong (at a SIGSTOP
+4 seconds are the timeout). A campaign takes hours and is run in parts: each row names its commit.
 
-| fault | tries | survived | bits equal | most steps lost | seconds, median | at most |
-|---|---:|---:|---:|---:|---:|---:|
+| fault | tries | survived | bits equal | most steps lost | seconds, median | at most | noticed | commit |
+|---|---:|---:|---:|---:|---:|---:|---:|---|
 """
 
 
@@ -31,9 +32,10 @@ def render(rows: list[dict[str, Any]]) -> str:
         equal, lost = row["bits_equal"], row["steps_lost"]
         numbers = [row["tries"], row["survived"], equal, lost]
         seconds = [row.get("median_seconds"), row.get("most_seconds")]
+        seconds.append(row.get("most_seconds_to_notice"))
         cells = ["" if n is None else f"{n:,}" for n in numbers]
         cells += ["" if s is None else f"{s:.1f}" for s in seconds]
-        lines.append(f"| {row['fault']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['fault']} | {' | '.join(cells)} | {row['commit']} |")
     return _HEAD + "\n".join(lines) + "\n"
 
 
