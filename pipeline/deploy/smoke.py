@@ -161,11 +161,16 @@ def serve_command(model_uri: str, port: int) -> list[str]:
 
 
 def serve_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Ours, with this Python's commands first: MLflow starts `uvicorn` by name."""
+    """Ours, with this Python's commands first: MLflow starts `uvicorn` by name.
+
+    It may wait longer for the registry than the rest of the pipeline does, which asks again itself:
+    the trial's own timeout is the end of that.
+    """
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     kept = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     # A local registry serves its own files: running them must not leave compiled ones beside them.
-    return {**kept, **environment, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
+    patient = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "60", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "5"}
+    return {**kept, **environment, **patient, "PATH": path, "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 def free_port() -> int:
