@@ -88,6 +88,8 @@ def test_the_store_is_gone_for_a_while(
     steps = NUM_STEPS if seconds < 60 else 20 * NUM_STEPS
     metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks, num_steps=steps)
     job = long_job(tmp_path / "run", blob_store, blob_tasks, num_steps=steps)
+    # By a name of its own: what the undisturbed run has left in the store is not to be taken up.
+    job = job.model_copy(update={"checkpoints": tmp_path / "run" / "of-its-own"})
     run = Disturbed(job, "local")
     run.start(2)
     assert run.wait_for_steps(CHECKPOINT_EVERY + 1)
