@@ -18,7 +18,8 @@ ROWS = [
     "local",
     "torchrun",
     pytest.param("ray_train", marks=pytest.mark.cluster),
-    pytest.param("kubernetes", marks=pytest.mark.cluster),
+    # By night: its bits and its kills, in test_kubernetes_launcher.py, are tried each time.
+    pytest.param("kubernetes", marks=[pytest.mark.cluster, pytest.mark.slow]),
 ]
 every_launcher = pytest.mark.parametrize("name", ROWS)
 

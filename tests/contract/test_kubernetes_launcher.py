@@ -264,6 +264,7 @@ def test_the_commit_s_own_code_runs(training: TrainingCluster, tmp_path: Path) -
     assert Path(found).is_relative_to(training.controller.workspace(0))
 
 
+@pytest.mark.slow
 @with_ray
 def test_a_worker_s_own_error_comes_through(training: TrainingCluster, tmp_path: Path) -> None:
     needs("ray")
