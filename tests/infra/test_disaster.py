@@ -122,7 +122,12 @@ class Site:
         log = self.folder / "mlflow.log"
         with log.open("wb") as out:
             self.mlflow = subprocess.Popen(
-                command, env={**os.environ, **own}, cwd=self.folder, stdout=out, stderr=out
+                command,
+                env={**os.environ, **own},
+                cwd=self.folder,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
             )
         begin = time.monotonic()
         while True:
@@ -152,10 +157,13 @@ class Site:
         shutil.copytree(source / "remote", self.remote)
 
     def end(self, number: int = signal.SIGTERM) -> None:
-        for process in (self.service.process, self.mlflow):
-            if process is not None and process.poll() is None:
-                process.send_signal(number)
-                process.wait(60)
+        service = self.service.process
+        if service is not None and service.poll() is None:
+            service.send_signal(number)
+            service.wait(60)
+        if self.mlflow is not None and self.mlflow.poll() is None:
+            os.killpg(self.mlflow.pid, number)  # MLflow's server has a child that answers
+            self.mlflow.wait(60)
 
 
 def run(*command: str, cwd: Path) -> str:
