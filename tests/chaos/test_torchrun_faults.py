@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -96,6 +97,28 @@ def test_a_restart_is_explained_by_the_note_of_the_process_that_ended(
     (tmp_path / STARTS).write_text("0 2\n0 2\n")
     Story(tmp_path, max_restarts=3).tell()
     assert "worker 1 ended with status 6: it diverged." in capsys.readouterr().err
+
+
+def test_a_killed_worker_is_told_of_at_once_and_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the agent's log alone: who was killed leaves no note, and the next start is to come."""
+    story, log = Story(tmp_path, max_restarts=3), tmp_path / "agent.log"
+
+    def told() -> list[str]:
+        story.tell()
+        lines = capsys.readouterr().err.splitlines()
+        return [json.loads(line)["event"] for line in lines]
+
+    (tmp_path / STARTS).write_text("0 2\n")
+    assert told() == []
+    end = "failed (exitcode: -9) local_rank: 1 (pid: 7) of binary: python\n"
+    log.write_text(end)
+    assert (told(), told()) == (["fault"], [])
+    (tmp_path / STARTS).write_text("0 2\n0 2\n")
+    assert (told(), told()) == (["restart"], []), "the old end is no fault of the new start"
+    log.write_text(2 * end)
+    assert (told(), told()) == (["fault"], [])
 
 
 _LEAVE = (
