@@ -180,17 +180,17 @@ def told_of(event: str, log: str) -> list[dict[str, Any]]:
 
 
 def undisturbed(
-    folder: Path, store: Store, tasks: Path, *, num_steps: int = NUM_STEPS
+    folder: Path, store: Store, tasks: Path, *, num_steps: int = NUM_STEPS, **changes: Any
 ) -> tuple[Any, Any]:
     """Metrics and bits of the run that nothing disturbs, in this process; made once."""
-    key = (store.folder, tasks, num_steps)
+    key = (store.folder, tasks, num_steps, *sorted(changes.items()))
     if key not in _UNDISTURBED:
-        job = long_job(folder, store, tasks, num_steps=num_steps)
+        job = long_job(folder, store, tasks, num_steps=num_steps, **changes)
         _UNDISTURBED[key] = run_meta_training(job, SINGLE), digest(job)
     return _UNDISTURBED[key]
 
 
-_UNDISTURBED: dict[tuple[Path, Path, int], tuple[Any, Any]] = {}
+_UNDISTURBED: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
 
 def disturb(

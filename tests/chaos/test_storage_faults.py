@@ -85,9 +85,11 @@ def test_the_store_is_gone_for_a_while(
     """Training goes on, and in the end the store has the last checkpoint."""
     found = campaign("S3 gone for a while")
     seconds = tries(ci=10, full=120)
-    steps = NUM_STEPS if seconds < 60 else 20 * NUM_STEPS
-    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks, num_steps=steps)
-    job = long_job(tmp_path / "run", blob_store, blob_tasks, num_steps=steps)
+    steps = NUM_STEPS if seconds < 60 else 60 * NUM_STEPS
+    # Long enough for the outage: a run that learns nothing more must not end before it does.
+    length = {"num_steps": steps, "patience": steps}
+    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks, **length)
+    job = long_job(tmp_path / "run", blob_store, blob_tasks, **length)
     # By a name of its own: what the undisturbed run has left in the store is not to be taken up.
     job = job.model_copy(update={"checkpoints": tmp_path / "run" / "of-its-own"})
     run = Disturbed(job, "local")
@@ -98,11 +100,12 @@ def test_the_store_is_gone_for_a_while(
     try:
         went_on = run.wait_for_steps(before + 3 * CHECKPOINT_EVERY)
         time.sleep(seconds)
+        assert run.is_running(), "the run has ended in the outage"
     finally:
         s3.start()
     equal = run.end() == metrics and digest(job) == bits
     names = Storage(place).names(f"checkpoints/{job.checkpoints.name}")
-    assert names[-1] == f"step-{metrics['steps']:08d}", (names, run.log())  # it may end early
+    assert names[-1] == f"step-{steps:08d}", (names, run.log())
     found.add(Try(before, went_on, equal, steps_lost=0))
     found.notes["seconds_gone"] = seconds
 
