@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 _FORMATS = ("PNG", "JPEG")
+_PNG_HEAD = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+"""What every PNG begins with; its width and height follow."""
 _PNG_FIRST_CHUNK, _PNG_DEPTH_BYTE = 8, 24
 _EXIF_ORIENTATION = 274
 
@@ -81,6 +83,10 @@ def num_pixels(content: bytes) -> int:
     """Of a PNG or JPEG by its header, which nothing vouches for; 0 for what has none."""
     from PIL import Image
 
+    if content.startswith(_PNG_HEAD) and len(content) >= _PNG_DEPTH_BYTE:
+        width, height = struct.unpack_from(">II", content, len(_PNG_HEAD))
+        return int(width * height)
+
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:
             return picture.width * picture.height
@@ -123,11 +129,20 @@ def _decode(content: bytes, size: int, channels: int, limits: Limits) -> Decoded
         if picture.format == "PNG" and content[_PNG_DEPTH_BYTE] == 16:
             conversions.append("16 bits to 8")
         picture.load()
-        upright = _turn_upright(picture, conversions)
-        flat = _flatten(upright, conversions).convert("L" if channels == 1 else "RGB")
-        square = flat.resize((size, size), Image.Resampling.BILINEAR)
-        pixels = np.asarray(square, dtype=np.uint8).reshape(size, size, channels)
+        flat = _flatten(_turn_upright(picture, conversions), conversions)
+        mode = "L" if channels == 1 else "RGB"
+        grey_or_colour = flat if flat.mode == mode else flat.convert(mode)
+        pixels = np.asarray(_stretched(grey_or_colour, size)).reshape(size, size, channels)
         return Decoded(np.ascontiguousarray(pixels.transpose(2, 0, 1)), tuple(conversions))
+
+
+def _stretched(picture: Picture, size: int) -> Picture:
+    """To the square; Pillow copies what has its size already."""
+    from PIL import Image
+
+    if picture.size == (size, size):
+        return picture
+    return picture.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _check_png(content: bytes) -> None:
@@ -188,6 +203,8 @@ def _flatten(picture: Picture, conversions: list[str]) -> Picture:
     if picture.mode == "CMYK":
         conversions.append("CMYK to RGB")
         return picture.convert("RGB")
-    if picture.mode in ("1", "L", "P", "RGB"):
-        return picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+    if picture.mode in ("L", "RGB"):
+        return picture
+    if picture.mode in ("1", "P"):
+        return picture.convert("L" if picture.mode == "1" else "RGB")
     raise PictureRefused(f"pixel type {picture.mode}", "Save it as 8-bit grey or RGB.")

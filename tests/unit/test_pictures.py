@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pipeline.domains.pictures import Limits, PictureRefused, decode_picture
+from pipeline.domains.pictures import Limits, PictureRefused, decode_picture, num_pixels
 from tests.unit.raw_pictures import encode, noise
 
 
@@ -47,6 +47,15 @@ def test_a_picture_of_the_stored_size_is_stored_as_it_is(channels: int) -> None:
     expected = pixels if channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))
     assert np.array_equal(decoded.pixels, expected.reshape(24, 24, channels).transpose(2, 0, 1))
     assert decoded.conversions == ()
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG"])
+def test_pixels_are_counted_by_the_header_alone(form: str) -> None:
+    content = encode(np.zeros((7, 31), dtype=np.uint8), form)
+    assert num_pixels(content) == 7 * 31
+    assert num_pixels(content[: len(content) // 3]) in (0, 7 * 31)
+    assert num_pixels(png_header(90_000, 80_000)) == 7_200_000_000
+    assert num_pixels(b"\x89PNG") == num_pixels(b"") == 0
 
 
 @given(
