@@ -6,6 +6,9 @@ STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.bench-installed
 CLUSTER_STAMP := $(VENV)/.cluster-installed
 SIZE ?= ci
+# pip compiles one file after the other; compileall does with all cores what it left out.
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
@@ -22,7 +25,8 @@ setup: $(STAMP)  ## make .venv with the exact pins of constraints.txt
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=python3.12 or so" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[track,glyphs,serve,sign,traces,audit,dev]'
+	$(INSTALL) '.[track,glyphs,serve,sign,traces,audit,dev]'
+	$(COMPILE)
 	touch $(STAMP)
 
 repro: $(STAMP)  ## from nothing to a promoted model: runs every stage that has changed
@@ -48,7 +52,8 @@ chaos: $(CLUSTER_STAMP)  ## break everything (SIZE=full: the nightly size): resu
 	METALOOM_CHAOS_SIZE=$(SIZE) python -m pytest tests/chaos tests/cluster/test_hosts.py
 
 $(CLUSTER_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[ray,s3,servers,onnx]'
+	$(INSTALL) '.[ray,s3,servers,onnx]'
+	$(COMPILE)
 	touch $(CLUSTER_STAMP)
 
 lint: $(STAMP)  ## ruff, mypy --strict, import-linter
@@ -69,7 +74,8 @@ bench-check: $(BENCH_STAMP)  ## fail if ours became slower against the eager loo
 	python -m benchmarks.check
 
 $(BENCH_STAMP): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[bench]'
+	$(INSTALL) '.[bench]'
+	$(COMPILE)
 	touch $(BENCH_STAMP)
 
 bench-serve: $(STAMP)  ## load on the service beside a bare handler and MLflow's: results/serve/load.json
