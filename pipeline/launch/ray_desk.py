@@ -35,6 +35,8 @@ class Told(NamedTuple):
     """Step of the last checkpoint."""
     restarts: list[tuple[int, str]]
     """For each new start of the workers: from which step, and why."""
+    faults: list[str]
+    """What a worker said before it ended, each time the first one that did."""
 
 
 class Desk:
@@ -46,6 +48,7 @@ class Desk:
         self._attempts, self._cause, self._told = Attempts(), "the workers ended.", ""
         self._progress = 0
         self._restarts: list[tuple[int, str]] = []
+        self._faults: list[str] = []
         self._error: dict[str, str] | None = None
         self._result: dict[str, Any] | None = None
         self._stop = False
@@ -74,8 +77,10 @@ class Desk:
         self._progress = step
 
     def fault(self, message: str) -> None:
-        """Why the workers have to be started again."""
-        self._told = message
+        """Why the workers have to be started again; the first one has the story."""
+        if not self._told:
+            self._told = message
+            self._faults.append(message)
 
     def fail(self, kind: str, message: str) -> None:
         """An error that no new start would mend."""
@@ -99,7 +104,7 @@ class Desk:
 
     def told(self) -> Told:
         """All that the workers have said so far."""
-        return Told(self._error, self._result, self._progress, self._restarts)
+        return Told(self._error, self._result, self._progress, self._restarts, self._faults)
 
 
 def open_desk(ray: Any, job: Job, environment: dict[str, str]) -> Any:
@@ -154,9 +159,9 @@ def _watch(
     ended: threading.Event,
     gone: threading.Event,
 ) -> None:
-    """Pass on that the driver was asked to stop; say why workers start again; end a failed run."""
+    """Pass on that the driver was asked to stop; say faults and new starts; end a failed run."""
     gcs = ray.get_runtime_context().gcs_address
-    stopping, said = 0.0, 0
+    stopping, said, faults = 0.0, 0, 0
     heard = knocked = time.monotonic()
     while not ended.wait(_POLL_SECONDS):
         now = time.monotonic()
@@ -174,9 +179,11 @@ def _watch(
             if now - heard > _silence():
                 gone.set()
         else:
+            for why in told.faults[faults:]:  # Ray's controller hears of it up to two seconds later
+                say("fault", why=why)
             for step, why in told.restarts[said:]:
                 say("restart", step=step, why=why)
-            said, failed = len(told.restarts), told.error is not None
+            faults, said, failed = len(told.faults), len(told.restarts), told.error is not None
         if gone.is_set() or failed or (stopping and now - stopping > STOP_SECONDS):
             _give_up(ended, 1.0 if gone.is_set() else _ABORT_SECONDS)
             return

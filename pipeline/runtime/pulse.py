@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import sys
@@ -21,6 +20,8 @@ _MOST_SECONDS_BETWEEN_BEATS, _LOOK_SECONDS = 2.0, 0.5
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.002, 0.05
 _PATIENCE_SECONDS = 0.6  # four times what a worker that lives takes to hear the call
 _STORE_PATIENCE_SECONDS = 1.5
+"""So long the store may have said nothing before its host is taken for the one that is stopped."""
+_LEAST_PATIENCE_SECONDS = 0.3
 
 
 class Pulse:
@@ -51,6 +52,8 @@ class Pulse:
         self._between_beats = min(_MOST_SECONDS_BETWEEN_BEATS, timeout_seconds / 8)
         self._ended = threading.Event()
         self._answered = threading.Lock()
+        self._heard = time.monotonic()
+        """When the store last answered the thread that listens."""
         self._thread = threading.Thread(target=self._listen, daemon=True, name="pulse")
         self._thread.start()
 
@@ -109,16 +112,28 @@ class Pulse:
                 seen.hear(rank, self._store.get(key))
 
     def roll_call(self) -> str:
-        """Who does not answer, and else who is behind; soon, whatever the store does."""
+        """Who does not answer, and else who is behind; soon, whatever the store does.
+
+        The thread that listens has asked the store all the time: if it has waited for an answer for
+        long, the call does not wait as long again.
+        """
         found: list[str] = []
+        reached = threading.Event()
 
         def call() -> None:
-            with contextlib.suppress(RuntimeError):  # the store's host has gone
+            try:
+                self._answer()
+                self._store.set("roll-call", str(self._rank))
+                reached.set()
                 found.append(self._call())
+            except RuntimeError:  # the store's host has gone
+                reached.set()
 
         caller = threading.Thread(target=call, daemon=True, name="roll call")
         caller.start()
-        caller.join(_STORE_PATIENCE_SECONDS)
+        left = _STORE_PATIENCE_SECONDS - (time.monotonic() - self._heard)
+        if reached.wait(max(_LEAST_PATIENCE_SECONDS, left)):
+            caller.join(_STORE_PATIENCE_SECONDS)
         if found:
             return found[0]
         if self._store_is_with in (None, self._rank):
@@ -126,8 +141,6 @@ class Pulse:
         return f"{_workers([self._store_is_with])} not answer: stopped, or the machine is gone"
 
     def _call(self) -> str:
-        self._answer()
-        self._store.set("roll-call", str(self._rank))
         keys = {rank: f"here-{rank}" for rank in range(self._world_size)}
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while not self._store.check(list(keys.values())) and time.monotonic() < deadline:
@@ -151,6 +164,7 @@ class Pulse:
                     beats, next_beat = beats + 1, time.monotonic() + self._between_beats
                     self._store.set(f"beat-{self._rank}", str(beats))
                 called = self._store.check(["roll-call"])
+                self._heard = time.monotonic()
             except DistNetworkError:  # the store's host is gone: whoever trains will hear of it
                 return
             except RuntimeError:  # a full disk, for a while

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -70,6 +71,44 @@ def test_the_store_may_be_gone_with_the_worker_that_holds_it(
     assert pulse.roll_call().startswith("worker 0 does not answer")
     assert "Thread 0x" in capfd.readouterr().err, "its own stacks are written all the same"
     worker.send_signal(signal.SIGCONT)
+
+
+class Late:
+    """A store that begins to answer after some seconds; never, with infinity."""
+
+    def __init__(self, seconds: float) -> None:
+        self._store, self._begins = HashStore(), threading.Event()
+        self._timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._begins.set)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def __getattr__(self, name: str) -> Any:
+        def do(*arguments: Any) -> Any:
+            self._begins.wait()
+            return getattr(self._store, name)(*arguments)
+
+        return do
+
+
+@pytest.mark.timeout(60)
+def test_a_store_that_has_been_silent_for_long_is_not_waited_for_as_long_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.runtime.pulse._STORE_PATIENCE_SECONDS", 1e5)
+    silent: Any = Late(math.inf)
+    pulse = Pulse(silent, 1, 2)
+    pulse._heard = -math.inf
+    assert pulse.roll_call().startswith("worker 0 does not answer")
+
+
+@pytest.mark.timeout(60)
+def test_a_slow_store_that_answered_a_moment_ago_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pipeline.runtime.pulse._STORE_PATIENCE_SECONDS", 30.0)
+    slow: Any = Late(1.5)
+    pulses = [Pulse(slow, rank, 2) for rank in range(2)]
+    assert pulses[1].roll_call().startswith("all 2 workers answer")
 
 
 @pytest.mark.timeout(60)
