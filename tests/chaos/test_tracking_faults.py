@@ -380,8 +380,10 @@ def test_a_real_run_trains_on_while_mlflow_is_gone(
     """Two workers; its steps go on in the outage, arrive once each, and the bits are the usual."""
     server.start()
     num_steps = 12_000 if is_full() else 3000
-    job = long_job(tmp_path / "run", blob_store, blob_tasks, num_steps=num_steps)
-    expected = undisturbed(tmp_path / "plain", blob_store, blob_tasks, num_steps=num_steps)
+    # Long enough for the outage: a run that learns nothing more must not end before it does.
+    length = {"num_steps": num_steps, "patience": num_steps}
+    job = long_job(tmp_path / "run", blob_store, blob_tasks, **length)
+    expected = undisturbed(tmp_path / "plain", blob_store, blob_tasks, **length)
     root, folder = tmp_path / "recorded", tmp_path / "drive"
     root.mkdir()
     environment = {"METALOOM_TRACKING": "on", "MLFLOW_TRACKING_URI": server.url}
@@ -396,6 +398,7 @@ def test_a_real_run_trains_on_while_mlflow_is_gone(
     before = logged()
     time.sleep(OUTAGE_SECONDS)
     during = logged() - before
+    assert driver.poll() is None, "the run has ended in the outage"
     server.start()
     assert outcome(driver, folder) == expected[0] and digest(job) == expected[1]
     assert during > 0 and before < num_steps
