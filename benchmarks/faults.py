@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import CASES
+from benchmarks.record import cpu_model
 from benchmarks.timed_run import Timed
 from benchmarks.whole_loop import job_of, prepare
 from pipeline.core.files import write_json
@@ -25,6 +26,7 @@ from pipeline.launch.base import Job
 from pipeline.launch.table import LAUNCHERS
 from pipeline.runtime.context import SINGLE
 from pipeline.runtime.journal import read_points
+from pipeline.runtime.lineage import git_state
 
 RECORD = Path("benchmarks/results/faults.json")
 _CASE, _WARM_STEPS = 9, 2
@@ -86,10 +88,10 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--launchers", default=",".join(LAUNCHERS))
+    parser.add_argument("--launchers", default="local,torchrun,ray_train")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=80, help="with a checkpoint every 20")
     options = parser.parse_args()
     names = options.launchers.split(",")
     found = measure(names, options.rounds, options.workers, options.steps)
@@ -101,7 +103,10 @@ def main() -> None:
             f"{name:10} {rate:7.2f} tasks/s ({rate / base:.2f} of {names[0]}), third step after "
             f"{row['seconds_to_the_third_step']:.1f} s; {shares}"
         )
-    write_json(RECORD, {"workers": options.workers, "steps": options.steps, "launchers": found})
+    state = git_state(Path.cwd())
+    about = {"commit": state.commit[:7] + "+" * state.dirty, "processor": cpu_model()}
+    about |= {"workers": options.workers, "steps": options.steps}
+    write_json(RECORD, {**about, "launchers": found})
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ _Measured = TypeVar("_Measured", Row, LeftOut, Roofline)
 def this_machine(device: Device) -> Machine:
     """The facts that a row's numbers depend on; no names, no paths, no dates."""
     return Machine(
-        cpu=_cpu_model(),
+        cpu=cpu_model(),
         cores=num_cores(),
         gpu=torch.cuda.get_device_name() if device == "cuda" else None,
         torch=torch.__version__,
@@ -176,7 +176,8 @@ def merged(old: Record, new: Record) -> Record:
     )
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor, as the system names it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.core.config import Section
 from pipeline.runtime.context import Context
+from pipeline.runtime.metric_log import JournalLog
 from pipeline.training import loop, meta_train, steps
 from pipeline.training.meta_train import MetaTrainJob
 from pipeline.training.stragglers import Stragglers
@@ -26,6 +27,9 @@ def timed(config: Timed, context: Context) -> dict[str, float]:
     spent: dict[str, float] = defaultdict(float)
     targets = [
         (loop.Keeper, "save", "checkpoints"),
+        (JournalLog, "flush", "checkpoints"),
+        (Context, "wait_for_main", "waits behind checkpoints and validations"),
+        (Context, "wait_for_all", "waits behind checkpoints and validations"),
         (loop, "check_agreement", "comparing the workers"),
         (loop, "_incident", "incidents and stragglers"),
         (Stragglers, "look", "incidents and stragglers"),

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from pipeline.core.files import write_json
 
+FAULT, LOST = "fault", "lost"
+"""Kinds of notes: what went wrong here; a peer is gone, which has the better story."""
+
 
 class Note(NamedTuple):
     """One worker's last words."""
@@ -19,16 +22,16 @@ class Note(NamedTuple):
     message: str
 
 
-def leave_note(folder: Path, rank: str, message: str) -> None:
+def leave_note(folder: Path, rank: str, message: str, kind: str = FAULT) -> None:
     """Say why this process ends; its id in the name keeps the notes of other starts apart."""
-    write_json(folder / f"fault-{rank}-{os.getpid()}.json", {"message": message})
+    write_json(folder / f"{kind}-{rank}-{os.getpid()}.json", {"message": message})
 
 
-def read_notes(folder: Path) -> list[Note]:
-    """All notes, the oldest first; one that goes away while it is read was none."""
+def read_notes(folder: Path, kind: str = FAULT) -> list[Note]:
+    """All notes of a kind, the oldest first; one that goes away while it is read was none."""
     found = []
-    for path in folder.glob("fault-*-*.json"):
-        named = re.fullmatch(r"fault-(\d+)-(\d+)\.json", path.name)
+    for path in folder.glob(f"{kind}-*-*.json"):
+        named = re.fullmatch(rf"{kind}-(\d+)-(\d+)\.json", path.name)
         try:
             message, time = json.loads(path.read_text())["message"], path.stat().st_mtime_ns
         except (OSError, ValueError, LookupError):
@@ -40,4 +43,5 @@ def read_notes(folder: Path) -> list[Note]:
 
 def note_of(folder: Path, process: int) -> str:
     """What that very process said, or nothing."""
-    return next((n.message for n in read_notes(folder) if n.process == process), "")
+    notes = read_notes(folder) + read_notes(folder, LOST)
+    return next((n.message for n in notes if n.process == process), "")

@@ -19,7 +19,7 @@ from pipeline.core.errors import PipelineError, StoppedError, TrainingError
 from pipeline.core.files import read_json
 from pipeline.launch.attempts import Attempts
 from pipeline.launch.base import FINAL, LOST_PEER, REFUSED, STOPPED, Job
-from pipeline.launch.fault_notes import note_of
+from pipeline.launch.fault_notes import FAULT, LOST, note_of
 from pipeline.launch.worker import HEARD, PARENT, STARTS, disk_refuses
 from pipeline.runtime.logs import say
 
@@ -73,7 +73,7 @@ def launch_local(job: Job, folder: Path) -> Any:
 def prepare(job: Job, folder: Path) -> None:
     """Write the job's configuration where its workers read it."""
     folder.mkdir(parents=True, exist_ok=True)
-    notes = [*folder.glob("error-*.json"), *folder.glob("fault-*.json")]
+    notes = [p for kind in ("error", FAULT, LOST) for p in folder.glob(f"{kind}-*.json")]
     told = [folder / name for name in ("result.json", "progress", STARTS, HEARD)]
     for stale in [*told, *notes]:
         stale.unlink(missing_ok=True)
@@ -175,6 +175,7 @@ def _wait(workers: list[subprocess.Popen[bytes]], folder: Path, asked: Callable[
     running = dict(enumerate(workers))
     stopped: set[int] = set()
     told_since = lost_since = 0.0
+    lost = ""
     while running:
         if asked() and not told_since:
             told_since = time.monotonic()
@@ -187,13 +188,14 @@ def _wait(workers: list[subprocess.Popen[bytes]], folder: Path, asked: Callable[
                 stopped |= {rank} if code == STOPPED else set()
             elif code == LOST_PEER:
                 lost_since = lost_since or time.monotonic()
+                lost = lost or f"worker {rank}: {note_of(folder, worker.pid)}"
             elif code is not None:
                 raise _failed(rank, worker.pid, code, folder)
         now = time.monotonic()
         if lost_since and now - lost_since > _GRACE_SECONDS:
-            raise _RestartError("workers lost their connections to each other")
+            raise _RestartError(f"workers lost their connections to each other ({lost}).")
         if told_since and now - told_since > STOP_SECONDS:
-            raise did_not_stop(folder, STOP_SECONDS)
+            raise did_not_stop(progress_in(folder))
         time.sleep(_POLL_SECONDS)
     if stopped:
         _stopped(folder, asked())
@@ -211,11 +213,11 @@ def stopped_as_asked(step: int) -> StoppedError:
     return StoppedError(f"stopped {where}, as asked. Run the same command again to go on.")
 
 
-def did_not_stop(folder: Path, seconds: float) -> StoppedError:
+def did_not_stop(step: int) -> StoppedError:
     """The error of a run whose workers were asked to stop and had to be killed."""
     return StoppedError(
-        f"asked to stop, but no step ended within {seconds:g} s. Run the same command again: it "
-        f"goes on from the checkpoint of step {progress_in(folder)}."
+        f"asked to stop, but no step ended within {STOP_SECONDS:g} s. Run the same command again: "
+        f"it goes on from the checkpoint of step {step}."
     )
 
 

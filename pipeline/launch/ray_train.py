@@ -25,7 +25,13 @@ from pipeline.core.errors import (
 from pipeline.core.files import write_bytes
 from pipeline.core.ray_cluster import ray_cluster
 from pipeline.launch.base import Job
-from pipeline.launch.local import WORKER_ENVIRONMENT, prepare, stop_asked, stopped_as_asked
+from pipeline.launch.local import (
+    WORKER_ENVIRONMENT,
+    did_not_stop,
+    prepare,
+    stop_asked,
+    stopped_as_asked,
+)
 from pipeline.launch.outputs import fetch_output
 from pipeline.launch.ray_desk import ask, open_desk, watched, went_away
 from pipeline.runtime.context import timeout_from_environment
@@ -73,7 +79,7 @@ def launch_ray_train(job: Job, folder: Path) -> Any:
     stopping = asked()
     _raise_what_is_told(told.error)
     if told.result is None and stopping:
-        raise stopped_as_asked(told.progress)
+        raise did_not_stop(told.progress) if failure else stopped_as_asked(told.progress)
     if told.result is None and (not failure or isinstance(failure[0], SystemExit)):
         raise KeyboardInterrupt
     if told.result is None:

@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from ray import train
 from ray.train import UserCallback
+from ray.train.v2._internal.execution.context import get_train_context as get_internal_train_context
 
 from pipeline.core.errors import ConfigError, PipelineError, StoppedError
 from pipeline.launch.outputs import put_outputs
@@ -169,13 +170,18 @@ def _node() -> str:
 
 
 def _stop_told(desk: Any) -> Any:
-    """Whether the driver was asked to stop, looked up from time to time by a thread."""
+    """Whether the driver was asked to stop, or Ray says that these machines are going away.
+
+    A thread looks from time to time: a notice may be shorter than the way to the next checkpoint.
+    """
     asked = threading.Event()
+    # Not public: what is public asks all workers at once, and can be asked at checkpoints alone.
+    notice = get_internal_train_context().preemption_context
 
     def listen() -> None:
         while not asked.wait(_POLL_SECONDS):
             try:
-                if ray.get(desk.stopping.remote()):
+                if notice.preemption_info is not None or ray.get(desk.stopping.remote()):
                     asked.set()
             except Exception:  # the driver is gone, and Ray ends this worker
                 return

@@ -246,7 +246,8 @@ def _wait(
         raise error
     if told_since:
         heard = (folder / HEARD).exists() or not (folder / STARTS).exists()
-        raise stopped_as_asked(progress_in(folder)) if heard else did_not_stop(folder, STOP_SECONDS)
+        step = progress_in(folder)
+        raise stopped_as_asked(step) if heard else did_not_stop(step)
     if agent.returncode:
         raise _failed(agent.returncode, folder, story, alone=board is None)
 

@@ -13,7 +13,7 @@ import threading
 import time
 from pathlib import Path
 
-from pipeline.launch.fault_notes import read_notes
+from pipeline.launch.fault_notes import FAULT, LOST, read_notes
 from pipeline.launch.processes import is_stopped, kill, workers_of
 from pipeline.launch.worker import PARENT
 
@@ -81,7 +81,7 @@ def _end_hung_workers(folder: Path) -> None:
 
 
 def _have_left_notes(folder: Path) -> set[int]:
-    return {note.process for note in read_notes(folder)}
+    return {note.process for kind in (FAULT, LOST) for note in read_notes(folder, kind)}
 
 
 def _end(workers: set[int]) -> None:

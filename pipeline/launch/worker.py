@@ -17,7 +17,7 @@ from pipeline.core.config import Section
 from pipeline.core.errors import PipelineError, StoppedError, StorageError
 from pipeline.core.files import write_json
 from pipeline.launch.base import BUG, FAULT, FINAL, LOST_PEER, ORPHAN, REFUSED, STOPPED
-from pipeline.launch.fault_notes import leave_note
+from pipeline.launch.fault_notes import LOST, leave_note
 from pipeline.runtime.context import worker_context
 from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
 from pipeline.runtime.logs import DISK_REFUSALS
@@ -51,6 +51,7 @@ def main() -> None:
 
 def _work(entry: str, kind: str, config_file: Path, folder: Path) -> int:
     """Run the entry; what it returns, or how it failed, is left in the folder."""
+    stopping = _stop_on_signals()  # before all that takes time: the wish may come at once
     rank = os.environ.get("RANK", "0")
     progress = None
     if os.environ.get("LOCAL_RANK", rank) == "0":
@@ -61,7 +62,7 @@ def _work(entry: str, kind: str, config_file: Path, folder: Path) -> int:
     open_log = partial(JournalLog, progress=progress)
     try:
         config = read_config(kind, config_file)
-        with worker_context(stopping=_stop_on_signals(), open_log=open_log) as context:
+        with worker_context(stopping=stopping, open_log=open_log) as context:
             with peers_watched(context):
                 result = resolve(entry)(config, context)
             if context.is_main:
@@ -73,8 +74,10 @@ def _work(entry: str, kind: str, config_file: Path, folder: Path) -> int:
     except PipelineError as error:
         _leave_error(folder, rank, error)
         return FINAL
-    except LostPeerError:
+    except LostPeerError as error:
         time.sleep(_LET_THE_OTHER_SPEAK_SECONDS)
+        print(f"lost a peer: {error}", file=sys.stderr)
+        leave_note(folder, rank, str(error), kind=LOST)
         return LOST_PEER
     except FaultError as error:
         leave_note(folder, rank, str(error))

@@ -19,14 +19,16 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from torch.distributed.rendezvous import rendezvous
 
 from pipeline.core.errors import ConfigError
-from pipeline.runtime.faults import LostPeerError
+from pipeline.runtime.faults import HungPeerError, LostPeerError, timed_out
 from pipeline.runtime.metric_log import JournalLog, MetricLog
-from pipeline.runtime.pulse import Pulse
+from pipeline.runtime.pulse import Pulse, missing
 
 TIMEOUT_SECONDS = 60.0
 """How long a collective waits for the slowest worker, unless METALOOM_TIMEOUT_SECONDS says else."""
 _MEETING = "METALOOM_INIT"
 """Environment: where the workers of a group find each other; by default as torchrun has it."""
+_START_SECONDS = 60.0
+"""Workers come with some seconds between them: at least so long the first waits for the last."""
 _MAIN_WORK_SECONDS = 1800.0
 _MOST_SECONDS = 86_400.0
 
@@ -193,12 +195,15 @@ def _join(rank: int, world_size: int, device: torch.device, sharing: int, timeou
     """Make the default group; returns the store by which its workers found each other.
 
     Raises:
-        LostPeerError: not all of them came, or one went away meanwhile.
+        HungPeerError: not all of them came within a minute, or the timeout if that is longer.
+        LostPeerError: one went away meanwhile.
     """
     url = os.environ.get(_MEETING, "env://")
     backend = backend_for(device, sharing)
+    patience = timedelta(seconds=max(timeout, _START_SECONDS))
     try:
-        store, rank, world_size = next(rendezvous(url, rank, world_size))
+        store, rank, world_size = next(rendezvous(url, rank, world_size, timeout=patience))
+        _meet(PrefixStore("start", store), rank, world_size, patience)
         dist.init_process_group(
             backend,
             store=PrefixStore("group", store),
@@ -207,10 +212,29 @@ def _join(rank: int, world_size: int, device: torch.device, sharing: int, timeou
             timeout=timedelta(seconds=timeout),
             device_id=device if backend == "nccl" else None,
         )
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
+    except RuntimeError as error:  # torch.distributed raises nothing narrower over gloo
+        kind = HungPeerError if timed_out(error) else LostPeerError
         why = str(error).partition("\n")[0]
-        raise LostPeerError(f"the workers did not find each other: {why}") from error
+        raise kind(f"the workers did not find each other: {why}") from error
     return PrefixStore("metaloom", store)
+
+
+def _meet(store: Store, rank: int, world_size: int, patience: timedelta) -> None:
+    """Wait until every worker is here, before torch makes a group with a shorter patience.
+
+    Raises:
+        HungPeerError: some did not come; says which.
+    """
+    store.set(f"here-{rank}", "1")
+    keys = {other: f"here-{other}" for other in range(world_size)}
+    try:
+        store.wait(list(keys.values()), patience)
+    except RuntimeError as error:
+        if not timed_out(error):
+            raise
+        late = [other for other, key in keys.items() if not store.check([key])]
+        seconds = patience.total_seconds()
+        raise HungPeerError(f"{missing(late)} not come within {seconds:g} s of the start") from None
 
 
 def timeout_from_environment() -> float:

@@ -20,7 +20,7 @@ _GONE = (
     "Failed to recv",
     "Failed to send",
 )
-_TIMED_OUT = ("Timed out waiting", "timed out", "Timeout")
+_TIMED_OUT = ("Timed out", "timed out", "Timeout", "Wait timeout")
 
 
 class FaultError(Exception):
@@ -39,6 +39,11 @@ class DivergenceError(FaultError):
     """Workers that must hold the same parameters do not."""
 
 
+def timed_out(error: RuntimeError) -> bool:
+    """Whether that is what an error of torch.distributed says."""
+    return any(sign in str(error) for sign in _TIMED_OUT)
+
+
 @contextmanager
 def peers_watched(context: Context) -> Iterator[None]:
     """Turn what the collectives raise into faults; one that timed out names the worker.
@@ -51,9 +56,11 @@ def peers_watched(context: Context) -> Iterator[None]:
         yield
     except RuntimeError as error:  # torch.distributed raises nothing narrower over gloo
         text = str(error)
+        if context.world_size == 1:  # there is nobody to be lost
+            raise
         if isinstance(error, DistNetworkError) or any(sign in text for sign in _GONE):
             raise LostPeerError(text.splitlines()[0]) from error
-        if any(sign in text for sign in _TIMED_OUT) and context.pulse is not None:
+        if timed_out(error) and context.pulse is not None:
             traceback.print_tb(error.__traceback__)  # where this one waited; the others tell theirs
             found = context.pulse.roll_call()
             raise HungPeerError(

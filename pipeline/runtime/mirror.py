@@ -101,7 +101,8 @@ class Mirror:
         if newest_step(self._folder) > self._uploaded:
             print(
                 f"warning: {self._storage.uri} did not take the last checkpoint; {self._folder} "
-                "keeps it. Upload it when the store answers: metaloom upload",
+                "keeps it. A run that is to go on elsewhere needs it there (one that has ended "
+                "does not). Upload it when the store answers: metaloom upload",
                 file=sys.stderr,
             )
 

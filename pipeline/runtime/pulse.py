@@ -138,7 +138,7 @@ class Pulse:
             return found[0]
         if self._store_is_with in (None, self._rank):
             return "the store by which the workers meet does not answer"
-        return f"{_workers([self._store_is_with])} not answer: stopped, or the machine is gone"
+        return f"{missing([self._store_is_with])} not answer: stopped, or the machine is gone"
 
     def _call(self) -> str:
         keys = {rank: f"here-{rank}" for rank in range(self._world_size)}
@@ -149,11 +149,11 @@ class Pulse:
             r: json.loads(self._store.get(k)) for r, k in keys.items() if self._store.check([k])
         }
         if absent := [rank for rank in keys if rank not in here]:
-            return f"{_workers(absent)} not answer: stopped, or the machine is gone"
+            return f"{missing(absent)} not answer: stopped, or the machine is gone"
         most = max(here.values())
         behind = [rank for rank, step in here.items() if step < most]
         if behind:
-            return f"{_workers(behind)} not get on, at step {min(here.values())}"
+            return f"{missing(behind)} not get on, at step {min(here.values())}"
         return f"all {self._world_size} workers answer, from step {most}: the network between them"
 
     def _listen(self) -> None:
@@ -203,6 +203,7 @@ class _Seen:
         return time.monotonic() - min(last)
 
 
-def _workers(ranks: list[int]) -> str:
+def missing(ranks: list[int]) -> str:
+    """The subject of what these workers do not do."""
     names = ", ".join(map(str, ranks))
     return f"worker {names} does" if len(ranks) == 1 else f"workers {names} do"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from pipeline.core.errors import ConfigError, StorageError
+from pipeline.core.errors import ArtefactError, ConfigError, StorageError
 from pipeline.core.files import MANIFEST, fsync_folder, verify
 
 
@@ -118,7 +118,13 @@ class Storage:
         try:
             os.chmod(scratch, 0o755)
             for found in self._files(base):
-                path = scratch / PurePosixPath(found).relative_to(base)
+                inside = PurePosixPath(found).relative_to(base)
+                if ".." in inside.parts:  # a store takes any name
+                    raise ArtefactError(
+                        f"{self.uri} holds {found!r}, which would lie outside its folder. Nobody "
+                        "of ours wrote it: find out who did, and remove it."
+                    )
+                path = scratch / inside
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with path.open("wb") as sink:
                     sink.writelines(self._pieces(found))

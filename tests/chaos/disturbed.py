@@ -27,10 +27,12 @@ from pipeline.training.meta_train import MetaTrainJob
 from pipeline.training.meta_train import run as run_meta_training
 from tests.chaos.campaign import Campaign, Try
 from tests.contract.drive import REPOSITORY, outcome, start
+from tests.distributed.broken import Counted
 from tests.distributed.small_run import digest, make_job
 
 NUM_STEPS, CHECKPOINT_EVERY, VALIDATE_EVERY = 240, 12, 120
 ENTRY = "pipeline.training.meta_train:run"
+COUNTED = "tests.distributed.broken:counted"
 _PATIENCE_SECONDS = 150.0
 _WORKER = "pipeline.launch.worker"
 
@@ -58,6 +60,10 @@ class Disturbed:
     ) -> None:
         """`plan`: what `entry` is given instead of the job, of which it makes a run."""
         self.job = job
+        self._counted: Path | None = None
+        if launcher == "ray_train" and plan is None:  # its journal is filled at checkpoints alone
+            self._counted = job.target.parent / "steps-done"
+            entry, plan = COUNTED, Counted(job=job, steps=self._counted)
         self._entry, self._plan = entry, plan or job
         self._launcher, self._environment = launcher, dict(environment or {})
         self._min_workers, self._max_restarts = min_workers, max_restarts
@@ -79,6 +85,10 @@ class Disturbed:
 
         Not those that were done before it and are told again.
         """
+        if self._counted is not None:
+            text = self._counted.read_text() if self._counted.exists() else ""
+            done = [line.split() for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+            return [int(step) for step, when in done if float(when) > self._since]
         points = read_points(self.job.journal, self._offset)
         return [point.step for point, _ in points if point.time > self._since]
 

@@ -36,6 +36,9 @@ def render(rows: list[dict[str, Any]]) -> str:
         cells = ["" if n is None else f"{n:,}" for n in numbers]
         cells += ["" if s is None else f"{s:.1f}" for s in seconds]
         lines.append(f"| {row['fault']} | {' | '.join(cells)} | {row['commit']} |")
+    useful = [f"{row['fault']} {row['goodput']:.1%}" for row in rows if "goodput" in row]
+    if useful:
+        lines.append(f"\nTime that was useful (F13: at least 90 %): {', '.join(useful)}.")
     return _HEAD + "\n".join(lines) + "\n"
 
 

@@ -126,11 +126,16 @@ def test_a_node_is_preempted(
     blob_tasks: Path,
     tmp_path: Path,
 ) -> None:
-    """A node that says it will go: a checkpoint, then on with what is left, and nothing is lost."""
+    """A node that says it will go: a checkpoint, then on with what is left, and nothing is lost.
+
+    However far the next checkpoint would be.
+    """
     found = campaign("a node pre-empted, ray_train")
     found.most_lost = 0
-    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
-    job = long_job(tmp_path / "preempted", blob_store, blob_tasks)
+    length = {"num_steps": 6000, "patience": 6000, "checkpoint_every": 6000}
+    length["validate_every"] = 3000
+    metrics, bits = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks, **length)
+    job = long_job(tmp_path / "preempted", blob_store, blob_tasks, **length)
     environment = {**ray_cluster.environment, "METALOOM_NODE_LABELS": "metaloom-node=node"}
     run = Disturbed(job, "ray_train", environment=environment)
     with subprocess.Popen(

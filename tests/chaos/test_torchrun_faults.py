@@ -21,8 +21,9 @@ from pipeline.core.errors import ConfigError, MachineError, StoppedError, Traini
 from pipeline.launch.base import Job
 from pipeline.launch.fault_notes import Note, leave_note, read_notes
 from pipeline.launch.network import Endpoint, free_endpoint, parse_endpoint, require_free
-from pipeline.launch.torchrun import join_runs, launch_torchrun
-from pipeline.launch.torchrun_board import Announcement
+from pipeline.launch.torchrun import _serve, join_runs, launch_torchrun
+from pipeline.launch.torchrun_board import Announcement, description
+from pipeline.launch.torchrun_hosts import Hosts
 from pipeline.launch.torchrun_story import Story
 from pipeline.launch.worker import STARTS
 from pipeline.store.reader import Store
@@ -299,6 +300,26 @@ def test_who_has_other_code_is_refused_and_the_driver_is_told(
         wait_for(
             lambda: "has other code than this host" in " ".join(said(run, "host refused")), run
         )
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"entry": "os:system"}, {"config_type": "subprocess:Popen"}, {"run": "../../../../elsewhere"}],
+)
+def test_a_driver_may_have_nothing_run_but_our_own(
+    told: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever answers at the address of the rendezvous chooses these words."""
+    monkeypatch.setattr("pipeline.launch.torchrun.resolve", lambda name: pytest.fail(name))
+    job = Job("pipeline.training.meta_train:run", Plan(rank=0, what=""), 1)
+    announced = {
+        **description(job, Hosts(2, 2, parse_endpoint("127.0.0.1:1")), "0123456789ab"),
+        "config_type": "pipeline.training.meta_train:MetaTrainJob",
+        **told,
+    }
+    with pytest.raises(ConfigError, match="which is no run of ours"):
+        _serve(announced, parse_endpoint("127.0.0.1:1"), 1, tmp_path / "run", lambda: False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_address_of_another_host_is_refused_by_name(

@@ -65,6 +65,7 @@ FAILURES = [
     (1, "bug", TrainingError, r"worker 1 ended.*ZeroDivisionError: a mistake of ours"),
     (0, "kill", TrainingError, r"worker 0 (was killed|died).*Run the same command again"),
 ]
+LOST = r"(lost their connections|worker \d ended).*: Connection refused by a daemon"
 RAY = [[pytest.mark.cluster], [pytest.mark.cluster, pytest.mark.slow], [pytest.mark.cluster]]
 
 
@@ -72,6 +73,7 @@ RAY = [[pytest.mark.cluster], [pytest.mark.cluster, pytest.mark.slow], [pytest.m
     ("name", "rank", "what", "kind", "expected"),
     [
         *((name, *failure) for name in ("local", "torchrun") for failure in FAILURES),
+        *((name, 0, "lost", TrainingError, LOST) for name in ("local", "torchrun")),
         *(pytest.param("ray_train", *f, marks=m) for f, m in zip(FAILURES, RAY, strict=True)),
         *(pytest.param("kubernetes", *f, marks=RAY[1]) for f in FAILURES),
     ],

@@ -16,6 +16,8 @@ from pipeline.evaluation import scoring
 from pipeline.runtime import resume
 from pipeline.runtime.collectives import gather_shares
 from pipeline.runtime.context import Context
+from pipeline.runtime.journal import Point
+from pipeline.runtime.metric_log import MetricLog
 from pipeline.runtime.storage import Storage
 from pipeline.store.reader import Store
 from pipeline.training import loop, meta_train
@@ -128,6 +130,33 @@ def slowed(plan: Slow, context: Context) -> dict[str, Any]:
             return quick(*arguments)
 
         setattr(owner, name, slow)
+    return run(plan.job, context)
+
+
+class Counted(Section):
+    """A run whose steps can be counted while it goes on, whatever its launcher's journal does."""
+
+    job: MetaTrainJob
+    steps: Path
+
+
+class _Counting:
+    """A log of metrics that also appends each step, and when it was done, to a file."""
+
+    def __init__(self, log: MetricLog, steps: Path) -> None:
+        self.flush, self.close = log.flush, log.close
+        self._log, self._steps = log, steps
+
+    def write(self, point: Point) -> None:
+        self._log.write(point)
+        with self._steps.open("a") as file:
+            file.write(f"{point.step} {time.time()}\n")
+
+
+def counted(plan: Counted, context: Context) -> dict[str, Any]:
+    """Train."""
+    open_log = context.open_log
+    context = replace(context, open_log=lambda path: _Counting(open_log(path), plan.steps))
     return run(plan.job, context)
 
 

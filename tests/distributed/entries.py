@@ -57,6 +57,8 @@ class Plan(Section):
 
 def misbehave(plan: Plan, context: Context) -> dict[str, int]:
     """Fail on one rank in the way that is asked for, while the others wait for it."""
+    if plan.what == "lost":
+        raise RuntimeError("Connection refused by a daemon")  # as torch says of a peer
     if context.rank == plan.rank:
         if plan.what == "user error":
             raise DataError(f"rank {context.rank} met bad data. Mend it.")

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.core.errors import ConfigError, StorageError, TrainingError
+from pipeline.core.errors import ArtefactError, ConfigError, StorageError, TrainingError
 from pipeline.core.files import MANIFEST, new_folder, sha256_file, verify
 from pipeline.runtime import mirror
 from pipeline.runtime.checkpoint import (
@@ -632,3 +632,15 @@ def test_the_checkpoints_of_a_finished_run_go_from_the_store(remote: Path, tmp_p
     assert sha256_file(there / "step-00000020" / MANIFEST)
     mirror.clear_stored(tmp_path / "run")
     assert Storage(remote.as_uri()).names("checkpoints/run") == []
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(
+    remote: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object store takes any name; no disk can hold this one, so the listing is made up."""
+    storage, target = Storage(remote.as_uri()), tmp_path / "here" / "fetched"
+    monkeypatch.setattr(Storage, "_files", lambda self, base: [f"{base}/../../stray"])
+    monkeypatch.setattr(Storage, "_pieces", lambda self, found: [b"stray"])
+    with pytest.raises(ArtefactError, match="would lie outside its folder"):
+        storage.get("one", target)
+    assert not list(tmp_path.rglob("stray*")) and not target.exists()

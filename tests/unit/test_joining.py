@@ -1,0 +1,53 @@
+"""A group is made by all of its workers, or nobody waits for it without end."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from infra.local.processes import free_ports
+
+JOIN = """
+import os, sys
+from pipeline.runtime import context
+from pipeline.runtime.faults import FaultError
+context._START_SECONDS = 2.0
+try:
+    with context.worker_context():
+        print("joined")
+except FaultError as error:
+    print(f"{type(error).__name__}: {error}")
+sys.stdout.flush()
+os._exit(0)  # a thread may wait for ever
+"""
+
+
+def join(rank: int, meeting: dict[str, str]) -> str:
+    """What the one worker says that comes to a group of two."""
+    environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", **meeting}
+    environment["METALOOM_TIMEOUT_SECONDS"] = "1"
+    command = [sys.executable, "-c", JOIN]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, check=True
+    )
+    return done.stdout
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_worker_that_does_not_come_is_named(rank: int, tmp_path: Path) -> None:
+    said = join(rank, {"METALOOM_INIT": f"file://{tmp_path / 'meeting'}"})
+    assert said == f"HungPeerError: worker {1 - rank} does not come within 2 s of the start\n"
+
+
+@pytest.mark.timeout(90)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_nobody_waits_for_long_at_a_store_that_a_worker_holds(rank: int) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
+    said = join(rank, place)
+    assert "PeerError: the workers did not find each other: " in said
+    assert said.startswith("Hung") or rank == 1
