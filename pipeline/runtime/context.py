@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 from torch.distributed.rendezvous import rendezvous
 
@@ -198,11 +199,10 @@ def _join(rank: int, world_size: int, device: torch.device, sharing: int, timeou
         HungPeerError: not all of them came within a minute, or the timeout if that is longer.
         LostPeerError: one went away meanwhile.
     """
-    url = os.environ.get(_MEETING, "env://")
     backend = backend_for(device, sharing)
     patience = timedelta(seconds=max(timeout, _START_SECONDS))
     try:
-        store, rank, world_size = next(rendezvous(url, rank, world_size, timeout=patience))
+        store = _meeting_place(rank, world_size, patience)
         _meet(PrefixStore("start", store), rank, world_size, patience)
         dist.init_process_group(
             backend,
@@ -217,6 +217,28 @@ def _join(rank: int, world_size: int, device: torch.device, sharing: int, timeou
         why = str(error).partition("\n")[0]
         raise kind(f"the workers did not find each other: {why}") from error
     return PrefixStore("metaloom", store)
+
+
+def _meeting_place(rank: int, world_size: int, patience: timedelta) -> Store:
+    """The store of a launcher's own, or as torchrun has it.
+
+    torch's own way to the latter waits for all workers inside the store, which cannot tell who is
+    missing.
+    """
+    if (url := os.environ.get(_MEETING)) is not None:
+        store: Store = next(rendezvous(url, rank, world_size, timeout=patience))[0]
+        return store
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    at_the_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return TCPStore(
+        host,
+        port,
+        world_size,
+        is_master=rank == 0 and not at_the_agent,
+        timeout=patience,
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
 
 
 def _meet(store: Store, rank: int, world_size: int, patience: timedelta) -> None:

@@ -20,7 +20,7 @@ _GONE = (
     "Failed to recv",
     "Failed to send",
 )
-_TIMED_OUT = ("Timed out", "timed out", "Timeout", "Wait timeout")
+_TIMED_OUT = ("Timed out", "timed out", "Timeout", "Wait timeout", "wait timeout")
 
 
 class FaultError(Exception):

@@ -29,6 +29,7 @@ from tests.chaos.disturbed import (
     undisturbed,
 )
 from tests.distributed.broken import Slow
+from tests.distributed.small_run import digest
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(7200)]
 torchrun_by_night = pytest.param("torchrun", marks=pytest.mark.slow)
@@ -327,6 +328,25 @@ def test_a_stopped_worker_is_named_and_the_run_goes_on(
     wanted = tries(ci=1, full=25) if launcher == "local" else tries(ci=1, full=6)
     disturb(found, wanted, start, stop, expected)
     found.notes["timeout"] = timeout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["local", "torchrun"])
+def test_a_worker_that_is_stopped_before_it_joins_is_named(
+    launcher: str, begin: Begin, blob_store: Store, blob_tasks: Path, tmp_path: Path
+) -> None:
+    """While it imports its libraries; the others wait for it for a minute, and all start again."""
+    expected = undisturbed(tmp_path / "undisturbed", blob_store, blob_tasks)
+    run = begin("run", 2)
+    while 1 not in (workers := run.workers()):
+        assert run.is_running(), run.log()
+    os.kill(workers[1], signal.SIGSTOP)
+    while not run.faults_told():
+        assert run.is_running(), run.log()
+        time.sleep(0.1)
+    assert not run.steps()
+    assert "worker 1 does not come within 60 s of the start" in run.faults_told()[0]
+    assert (run.end(), digest(run.job)) == expected
 
 
 def found_out(run: Disturbed) -> list[str]:
