@@ -67,7 +67,7 @@ def test_the_workers_start_again_and_there_is_one_run(
     assert {run.info.status for run in runs} == {"FINISHED"}
     (stage,) = [run for run in runs if run.data.tags["metaloom.role"] == "stage"]
     history = client.get_metric_history(stage.info.run_id, "loss")
-    assert sorted({point.step for point in history}) == list(range(1, 241))
+    assert sorted(point.step for point in history) == list(range(1, 241))
 
 
 def _logged(root: Path) -> list[int]:
