@@ -141,7 +141,10 @@ class Counted(Section):
 
 
 class _Counting:
-    """A log of metrics that also appends each step, and when it was done, to a file."""
+    """A log of metrics that also appends each step, and when it was done, to a file.
+
+    Steps that were done before a start are told again by it, with the time of then.
+    """
 
     def __init__(self, log: MetricLog, steps: Path) -> None:
         self.flush, self.close = log.flush, log.close
@@ -150,7 +153,7 @@ class _Counting:
     def write(self, point: Point) -> None:
         self._log.write(point)
         with self._steps.open("a") as file:
-            file.write(f"{point.step} {time.time()}\n")
+            file.write(f"{point.step} {point.time}\n")
 
 
 def counted(plan: Counted, context: Context) -> dict[str, Any]:
