@@ -21,7 +21,7 @@ _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.002, 0.05
 _PATIENCE_SECONDS = 0.6  # four times what a worker that lives takes to hear the call
 _STORE_PATIENCE_SECONDS = 1.5
 """So long the store may have said nothing before its host is taken for the one that is stopped."""
-_LEAST_PATIENCE_SECONDS = 0.3
+_LEAST_PATIENCE_SECONDS = 0.6
 
 
 class Pulse:
