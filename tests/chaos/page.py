@@ -18,7 +18,9 @@ tests.chaos.page`. A try whose fault came before any progress would have failed 
 would other bits than an undisturbed run's, or more lost steps than the campaign allows (for kills:
 the 12 steps between two checkpoints). Seconds are from the fault until the next new step, on two cores
 that ran other work too; noticed is the longest time until the log said that something was wrong (at a SIGSTOP
-4 seconds are the timeout). A campaign takes hours and is run in parts: each row names its commit.
+4 seconds are the timeout). A campaign takes hours and is run in parts: each row names its commit. Rows
+of Ray without a number of lost steps are older than its count: the journal that they were counted by is
+filled at checkpoints alone.
 
 | fault | tries | survived | bits equal | most steps lost | seconds, median | at most | noticed | commit |
 |---|---:|---:|---:|---:|---:|---:|---:|---|
