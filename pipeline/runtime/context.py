@@ -255,6 +255,8 @@ def _meet(store: Store, rank: int, world_size: int, patience: timedelta) -> None
         if not timed_out(error):
             raise
         late = [other for other, key in keys.items() if not store.check([key])]
+        if not late:  # the last one came just now
+            return
         seconds = patience.total_seconds()
         raise HungPeerError(f"{missing(late)} not come within {seconds:g} s of the start") from None
 
