@@ -62,7 +62,7 @@ def start(cluster: Path) -> Running:
         record,
         _command(folder, ports, sockets),
         environment=environment,
-        answers=lambda: http_status(f"{url}/") == 403 and _make_bucket(record),
+        answers=lambda: http_status(f"{url}/") == 403 and _serves(record),
     )
     return present
 
@@ -165,6 +165,15 @@ def _sockets(ports: dict[str, int], sockets: Path) -> tuple[str, ...]:
     return tuple(str(path) for path in [*own, *grpc])
 
 
-def _make_bucket(record: Running) -> bool:
-    file_system(record.environment).create_dir(BUCKET, recursive=False)
-    return True
+def _serves(record: Running) -> bool:
+    """The bucket is there and takes an object: behind S3's door the parts that keep data come up
+    later, and until then reads of what is there fail."""
+    files, probe = file_system(record.environment), f"{BUCKET}/.probe-{os.getpid()}"
+    files.create_dir(BUCKET, recursive=False)
+    with files.open_output_stream(probe) as stream:
+        stream.write(b"here")
+    try:
+        with files.open_input_stream(probe) as stream:
+            return bool(stream.read() == b"here")
+    finally:
+        files.delete_file(probe)
