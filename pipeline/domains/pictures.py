@@ -81,11 +81,10 @@ def decode_picture(
 
 def num_pixels(content: bytes) -> int:
     """Of a PNG or JPEG by its header, which nothing vouches for; 0 for what has none."""
-    from PIL import Image
-
     if content.startswith(_PNG_HEAD) and len(content) >= _PNG_DEPTH_BYTE:
         width, height = struct.unpack_from(">II", content, len(_PNG_HEAD))
         return int(width * height)
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(content), formats=_FORMATS) as picture:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from infra.local.processes import free_ports
+from pipeline.runtime.context import SINGLE
+from pipeline.runtime.faults import peers_watched
 
 JOIN = """
 import os, sys
@@ -54,3 +56,8 @@ def test_a_worker_that_does_not_come_to_a_store_that_another_holds_is_named() ->
 def test_nobody_waits_for_long_for_the_worker_that_holds_the_store() -> None:
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     assert "PeerError: the workers did not find each other: " in join(1, place)
+
+
+def test_nothing_is_taken_for_a_lost_peer_where_there_is_none() -> None:
+    with pytest.raises(RuntimeError, match="by a daemon"), peers_watched(SINGLE):
+        raise RuntimeError("Connection refused by a daemon")
