@@ -269,6 +269,8 @@ def test_a_server_that_cannot_start_says_why(folder: Path, monkeypatch: pytest.M
     port = Server(name="postgres", cluster=folder).record.ports["server"]
     assert command(folder, "down").returncode == 0
     with socket.socket() as taken:
+        # The closed connections of the server that was here linger for a minute.
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", port))
         taken.listen()
         refused = command(folder, "up", "s3", "postgres")
