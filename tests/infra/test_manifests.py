@@ -93,7 +93,7 @@ def test_without_the_definitions_their_tests_are_skipped_by_name(tmp_path: Path)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", __file__, *which],
         cwd=REPOSITORY,
-        env={**os.environ, "METALOOM_CRDS": str(tmp_path)},
+        env={**os.environ, "METALOOM_CRDS": str(tmp_path), "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
         check=False,

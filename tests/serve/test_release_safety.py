@@ -173,8 +173,9 @@ def test_a_canary_answers_its_share_and_costs_nobody_an_answer(root: Path, start
             assert version(canary, {"queries": WHITE}) == 1
         assert version(canary, asked) == 1, "the challenger is out"
     wait_until(lambda: REFUSED_TAG in Registry(root, NAME).version(3).tags)
-    wait_until(lambda: status(service, root)["replicas"][0]["challenger"] is None)
+    wait_until(lambda: status(service, root)["replicas"][0]["refused"])
     found = status(service, root)
+    assert found["replicas"][0]["challenger"] is None
     assert found["wanted"] == {"champion": 1, "challenger": 3}, "its alias stays where it was put"
     assert "error budget" in found["replicas"][0]["refused"][0]["why"]
     assert serves(service) == 1
