@@ -154,6 +154,9 @@ def _read(memory: Path) -> dict[str, Choice]:
 def _decide(config: EngineConfig, work: Work) -> Choice:
     budget = int(config.memory_share * bytes_for_a_worker(work.context))
     names = _candidates(config, work)
+    if names == ["loop"]:  # nothing to weigh; to plan, PyTorch imports its compiler: seconds
+        engine = _engine("loop", config, work)
+        return Choice(engine=engine, reason=_why_alone("loop", config), tasks_per_second={})
     plans = {n: plan(n, config, work, budget) for n in names}
     fitting = [n for n in names if plans[n].num_bytes <= budget]
     if not fitting:
@@ -162,11 +165,8 @@ def _decide(config: EngineConfig, work: Work) -> Choice:
         return Choice(engine=least.engine, reason=reason, tasks_per_second={})
     if len(fitting) == 1:
         (only,) = fitting
-        reason = "asked for" if config.strategy != "auto" else "the only one that applies"
-        if config.strategy not in ("auto", only):
-            reason = f"{config.strategy} was asked for, and there is no second order to split"
-        if len(names) > 1:
-            reason = f"the only one within {_mib(budget)}"
+        several = len(names) > 1
+        reason = f"the only one within {_mib(budget)}" if several else _why_alone(only, config)
         if plans[only].engine.at_once and len(work.tasks) == 1:
             reason += "; but a group has one task (tasks_per_group), so nothing is batched"
         return Choice(engine=plans[only].engine, reason=reason, tasks_per_second={})
@@ -184,6 +184,14 @@ def _decide(config: EngineConfig, work: Work) -> Choice:
     return Choice(
         engine=engines[best], reason=reason, tasks_per_second=rounded, holds=not any_failed
     )
+
+
+def _why_alone(only: Strategy, config: EngineConfig) -> str:
+    if config.strategy == "auto":
+        return "the only one that applies"
+    if config.strategy != only:
+        return f"{config.strategy} was asked for, and there is no second order to split"
+    return "asked for"
 
 
 def _candidates(config: EngineConfig, work: Work) -> list[Strategy]:
@@ -228,15 +236,20 @@ def plan(name: Strategy, config: EngineConfig, work: Work, budget: int) -> Plan:
     if Engine(strategy=name).at_once:
         each = int(_BATCHED * each)
         chunk = min(len(tasks), config.chunk or max(1, budget // each))
+    return Plan(_engine(name, config, work, chunk, stride), each * (chunk or 1))
+
+
+def _engine(
+    name: Strategy, config: EngineConfig, work: Work, chunk: int | None = None, stride: int = 1
+) -> Engine:
     on_gpu = work.context.device.type == "cuda"
-    engine = Engine(
+    return Engine(
         strategy=name,
         precision=config.precision if on_gpu or config.precision != "tf32" else "fp32",
         chunk=chunk,
         stride=stride,
         cuda_graphs=config.cuda_graphs and on_gpu,
     )
-    return Plan(engine, each * (chunk or 1))
 
 
 def _broadcast(engine: Engine, context: Context) -> Engine:

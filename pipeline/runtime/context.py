@@ -292,7 +292,9 @@ def make_deterministic() -> None:
     """
     torch.set_num_threads(1)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    # `use_deterministic_algorithms` does this too, and imports the compiler, which we do not use:
+    # that is half of the time in which a worker starts.
+    torch.set_deterministic_debug_mode("error")
     # The default then writes NaN over all fresh memory, which costs a pass for every result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False

@@ -154,7 +154,7 @@ def _read_one(path: Path, split: str) -> FrozenEpisodes:
 
 def _matrix(column: pa.ChunkedArray) -> Rows:
     array = column.combine_chunks()
-    values: Rows = array.flatten().to_numpy(zero_copy_only=False)
+    values: Rows = np.from_dlpack(array.flatten()).astype(np.int32, copy=False)
     return values.reshape(len(array), array.type.list_size)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from pipeline.engine.choice import EngineConfig, choose_engine, example_group
 from pipeline.runtime.collectives import exact_sum, fast_sum, gather_shares, owned_groups, share
 from pipeline.runtime.context import Context
 from pipeline.tasks.spec import EpisodeSpec
+from pipeline.training.meta_train import MetaTrainJob
+from pipeline.training.meta_train import run as run_meta_training
 
 
 class Sums(Section):
@@ -70,6 +73,12 @@ def misbehave(plan: Plan, context: Context) -> dict[str, int]:
             os._exit(9)
     gather_shares(torch.zeros(1), context.world_size, context)
     return {"rank": context.rank, "world_size": context.world_size}
+
+
+def modules_of_a_run(job: MetaTrainJob, context: Context) -> list[str]:
+    """All that the main worker has imported at the end of a run."""
+    run_meta_training(job, context)
+    return sorted(sys.modules)
 
 
 def identify(plan: Plan, context: Context) -> list[list[int]]:
