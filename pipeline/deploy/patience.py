@@ -25,6 +25,9 @@ _CUT_CONNECTIONS = (
 )
 """What the database layer says of a connection that a restart has cut; MLflow calls some of these
 a bad request."""
+_INSERTS_OF_TAGS = "INSERT INTO model_version_tags"
+"""MLflow looks for a tag and then writes it: of two that set a new one at once, the second meets the
+first's row, which the database layer calls a breach of integrity. Once more, it finds that row."""
 _LOWEST_SERVER_ERROR = 500
 
 
@@ -83,7 +86,7 @@ class Persistent:
                     f"the registry at {self._shown} does not answer: {_reason(fault)}. Start its "
                     "server, or set MLFLOW_TRACKING_URI right; `metaloom doctor` looks into it."
                 ) from None
-            if not told and self._answered:
+            if not told and self._answered and not _is_overtaken(fault):
                 warn(
                     f"the registry does not answer ({_reason(fault)[:100]}); trying again for "
                     f"{patience:.0f} s."
@@ -105,10 +108,17 @@ def is_transient(error: Exception) -> bool:
         return int(response.status_code) >= _LOWEST_SERVER_ERROR or response.status_code == 429
     if type(error).__module__.partition(".")[0] in {"requests", "urllib3"}:
         return True
+    if _is_overtaken(error):
+        return True
     code = getattr(error, "error_code", None)
     return code in _TRANSIENT_CODES or (
         code is not None and any(text in str(error) for text in _CUT_CONNECTIONS)
     )
+
+
+def _is_overtaken(error: Exception) -> bool:
+    told = str(error)  # SQLite and MySQL say the one, PostgreSQL the other
+    return _INSERTS_OF_TAGS in told and ("IntegrityError" in told or "UniqueViolation" in told)
 
 
 def _is_answer(fault: Exception) -> bool:

@@ -31,7 +31,10 @@ def test_the_battery_is_complete() -> None:
 @pytest.mark.parametrize(
     ("name", "num_workers"),
     [
-        *((name, workers) for name in ("local", "torchrun") for workers in (1, 2, 3)),
+        *(("local", workers) for workers in (1, 2, 3)),
+        pytest.param("torchrun", 1, marks=pytest.mark.slow),
+        pytest.param("torchrun", 2, marks=pytest.mark.slow),
+        ("torchrun", 3),
         pytest.param("ray_train", 1, marks=[pytest.mark.cluster, pytest.mark.slow]),
         pytest.param("ray_train", 2, marks=pytest.mark.cluster),
         pytest.param("ray_train", 3, marks=[pytest.mark.cluster, pytest.mark.slow]),

@@ -53,7 +53,7 @@ _MAML = AlgorithmConfig(name="maml", maml=MAML(num_inner_steps=2))
 @pytest.mark.parametrize(
     "strategy",
     [
-        pytest.param(name, marks=() if name in ("loop", "vmap_split") else pytest.mark.slow)
+        pytest.param(name, marks=() if name == "vmap_split" else pytest.mark.slow)
         for name in STRATEGIES
     ],
 )

@@ -94,7 +94,7 @@ def test_one_host_has_one_writer_and_leaves_nothing_else(tmp_path: Path) -> None
     assert [p.name for p in folder.iterdir()] == ["step-00000010"]
 
 
-@pytest.mark.parametrize("gone", [0, 1])
+@pytest.mark.parametrize("gone", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_host_whose_disk_was_replaced_gets_the_run_back(gone: int, tmp_path: Path) -> None:
     case = tmp_path / "case"
     plan = Hosts(cases=[case], hosts=[0, 1], local_ranks=[0, 0])

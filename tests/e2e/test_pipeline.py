@@ -198,6 +198,7 @@ def test_two_clones_of_one_commit_make_the_same_bytes(clone: Path, tmp_path: Pat
     assert output_hashes(other) == output_hashes(clone)
 
 
+@pytest.mark.slow
 def test_a_version_is_reproduced_from_its_record_alone(clone: Path) -> None:
     """By other numbers of workers, and though a cache holds every result; MLflow is only read."""
     runs = count_runs(clone)
@@ -237,6 +238,7 @@ def count_runs(folder: Path) -> int:
         return int(database.execute("SELECT COUNT(*) FROM runs").fetchone()[0])
 
 
+@pytest.mark.slow
 def test_another_algorithm_is_one_setting(clone: Path) -> None:
     commit(clone, "results")
     call(clone, "dvc", "exp", "run", "-S", "meta_train.algorithm.name=maml", "evaluate")

@@ -77,7 +77,7 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=0, atol=1e-25)
 
 
-@pytest.mark.parametrize("name", ["protonet", "maml"])
+@pytest.mark.parametrize("name", [pytest.param("protonet", marks=pytest.mark.slow), "maml"])
 def test_a_run_begins_at_the_learner_of_an_earlier_one(
     name: str, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:

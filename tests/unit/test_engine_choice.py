@@ -255,7 +255,10 @@ print(plan, bytes_of_line("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize(("strategy", "steps"), [("loop", 1), ("loop", 8), ("split", 8)])
+@pytest.mark.parametrize(
+    ("strategy", "steps"),
+    [("loop", 1), pytest.param("loop", 8, marks=pytest.mark.slow), ("split", 8)],
+)
 def test_the_plan_covers_what_the_process_really_takes(strategy: str, steps: int) -> None:
     """Peak resident memory of a process of its own; a plan of many times that would waste memory."""
     done = subprocess.run(

@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.errors import RegistryError
-from pipeline.deploy import champions, promotions
+from pipeline.deploy import champions, patience, promotions
 from pipeline.deploy.champions import CHALLENGER, CHAMPION, PREVIOUS, Champions
 from pipeline.deploy.patience import Patience, Persistent, UnansweredError
 from pipeline.deploy.promotions import (
@@ -409,6 +410,42 @@ def test_one_lost_answer_makes_one_record(client: Any, name: str) -> None:
         champions = Champions(client, name, ASK)
         assert len(champions._records()) == 1
         assert is_settled(client, name) == (1, NOBODY)
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_of_two_who_mark_a_record_at_the_same_moment_none_fails(
+    guarded: bool, mlflow_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A promoter and a service that has seen the promotion; MLflow looks first and writes then."""
+    from mlflow.store.model_registry.dbmodels.models import SqlModelVersionTag
+    from sqlalchemy import event
+    from sqlalchemy.orm import Session
+
+    if not guarded:
+        monkeypatch.setattr(patience, "_is_overtaken", lambda error: False)
+    model, overtaken = new_model(mlflow_client), []
+
+    def overtake(session: Any, *_: Any) -> None:
+        for one in [one for one in session.new if isinstance(one, SqlModelVersionTag)]:
+            if not overtaken:
+                overtaken.append(one.key)
+                other = mlflow_client.set_model_version_tag
+                with ThreadPoolExecutor(1) as thread:  # on a connection of its own
+                    thread.submit(other, model, "1", one.key, "the other's").result()
+
+    mark = Champions(mlflow_client, model, ASK)._set_tag
+    event.listen(Session, "before_flush", overtake)
+    try:
+        if guarded:
+            mark(model, 1, "alias", "done")
+        else:
+            with pytest.raises(Exception, match="UNIQUE constraint failed: model_version_tags"):
+                mark(model, 1, "alias", "done")
+    finally:
+        event.remove(Session, "before_flush", overtake)
+    assert overtaken == ["alias"]
+    told = mlflow_client.get_model_version(model, "1").tags["alias"]
+    assert told == ("done" if guarded else "the other's")
 
 
 def test_spent_patience_says_what_state_things_are_in(client: Any, name: str) -> None:
