@@ -26,8 +26,8 @@ _CUT_CONNECTIONS = (
 """What the database layer says of a connection that a restart has cut; MLflow calls some of these
 a bad request."""
 _INSERTS_OF_TAGS = "INSERT INTO model_version_tags"
-"""MLflow looks for a tag and then writes it: of two that set a new one at once, the second meets the
-first's row, which the database layer calls a breach of integrity. Once more, it finds that row."""
+"""MLflow looks for a tag and then writes it: of two that set a new one at once, the second meets
+the first's row, which the database layer calls a breach of integrity. Once more, it finds it."""
 _LOWEST_SERVER_ERROR = 500
 
 

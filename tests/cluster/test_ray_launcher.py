@@ -148,6 +148,7 @@ def test_results_that_cannot_come_home_are_refused_by_a_clear_error(
         drive("ray_train", Job(ENTRY, job, 2, outputs=(job.target,)), tmp_path / "d", environment)
 
 
+@pytest.mark.slow
 def test_a_node_without_the_folder_says_so(
     ray_cluster: RayCluster, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:

@@ -18,10 +18,16 @@ ROWS = [
     "local",
     "torchrun",
     pytest.param("ray_train", marks=pytest.mark.cluster),
-    # By night: its bits and its kills, in test_kubernetes_launcher.py, are tried each time.
+    # By night: its kills, in test_kubernetes_launcher.py, are tried each time, and their bits.
     pytest.param("kubernetes", marks=[pytest.mark.cluster, pytest.mark.slow]),
 ]
 every_launcher = pytest.mark.parametrize("name", ROWS)
+_NIGHT = [pytest.mark.cluster, pytest.mark.slow]
+clusters_by_night = pytest.mark.parametrize(
+    "name",
+    [*ROWS[:2], *(pytest.param(name, marks=_NIGHT) for name in ("ray_train", "kubernetes"))],
+)
+"""For what other tests see on a cluster by day too."""
 
 
 @pytest.fixture

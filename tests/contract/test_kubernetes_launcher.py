@@ -234,6 +234,7 @@ def test_a_queue_of_the_template_decides_when_it_runs(training: TrainingCluster)
 
 
 @with_ray
+@pytest.mark.slow
 def test_it_ends_with_the_bits_of_a_plain_call(training: TrainingCluster, clone: Path) -> None:
     """Code, data and outputs travel; so do the journal and the progress."""
     needs("ray")

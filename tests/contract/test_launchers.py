@@ -14,7 +14,7 @@ from pipeline.launch.table import LAUNCHERS, _alone_with, launch
 from pipeline.runtime.context import SINGLE
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import run as run_meta_training
-from tests.contract.conftest import ROWS, every_launcher
+from tests.contract.conftest import ROWS, clusters_by_night, every_launcher
 from tests.contract.drive import start
 from tests.distributed.entries import Plan
 from tests.distributed.small_run import digest, make_job
@@ -54,7 +54,7 @@ def test_every_launcher_ends_with_the_same_bits(
     assert digest(job) == digest(plain)
 
 
-@every_launcher
+@clusters_by_night
 def test_every_worker_runs_the_entry_with_one_thread(launcher: Launcher, tmp_path: Path) -> None:
     num_workers = 2
     job = Job(f"{ENTRIES}:identify", Plan(rank=0, what=""), num_workers)
@@ -69,7 +69,8 @@ FAILURES = [
     (0, "kill", TrainingError, r"worker 0 (was killed|died).*Run the same command again"),
 ]
 LOST = r"(lost their connections|worker \d ended).*: Connection refused by a daemon"
-RAY = [[pytest.mark.cluster], [pytest.mark.cluster, pytest.mark.slow], [pytest.mark.cluster]]
+_NIGHT = [pytest.mark.cluster, pytest.mark.slow]
+RAY = [_NIGHT, _NIGHT, [pytest.mark.cluster]]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from pipeline.launch.base import Job
-from tests.contract.conftest import every_launcher
+from tests.contract.conftest import clusters_by_night
 from tests.contract.drive import start
 from tests.distributed.entries import Plan
 
@@ -22,7 +22,7 @@ _EVERYWHERE = {
 """Sockets that take connections at all addresses, as torch's TCPStore does wherever it is bound."""
 
 
-@every_launcher
+@clusters_by_night
 def test_what_listens_while_a_run_trains(
     name: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

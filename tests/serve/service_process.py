@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,17 @@ from pipeline.deploy.serve.learners import open_database
 from pipeline.deploy.smoke import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 180.0
 ALL_SCOPES = ("read", "write", "admin")
+
+
+def wait_until(what: Callable[[], object]) -> float:
+    """Until something is so, which a slow machine is given minutes for; the seconds that it took."""
+    begin = time.monotonic()
+    while not what():
+        assert time.monotonic() - begin < _PATIENCE_SECONDS
+        time.sleep(0.02)
+    return time.monotonic() - begin
 
 
 class ServiceProcess:

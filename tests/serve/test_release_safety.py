@@ -25,7 +25,7 @@ from pipeline.deploy.serve.status import as_text, status_of
 from pipeline.deploy.serve.watch import BrokenModelError, Watch
 from tests.serve.asking import http, queries, support, vectors
 from tests.serve.registered import NAME, fragile_bundle, move_by_hand, register
-from tests.serve.service_process import REPOSITORY, ServiceProcess
+from tests.serve.service_process import REPOSITORY, ServiceProcess, wait_until
 
 POLL_SECONDS = 0.5
 WHITE = vectors(1, 255.0)
@@ -72,14 +72,6 @@ def start(root: Path, tmp_path: Path) -> Iterator[Start]:
 def serves(service: ServiceProcess) -> int | None:
     model = service.readiness()[1]["model"]
     return None if model is None else int(model["version"])
-
-
-def wait_until(what: Callable[[], bool], seconds: float = 30.0) -> float:
-    begin = time.monotonic()
-    while not what():
-        assert time.monotonic() - begin < seconds
-        time.sleep(0.02)
-    return time.monotonic() - begin
 
 
 def status(service: ServiceProcess, root: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from pipeline.deploy.serve.settings import ServeSettings
 from pipeline.deploy.serve.sources import FolderSource, RegistrySource, Source
 from pipeline.deploy.signing import KEY_VARIABLE, SIGNATURE, beside, keep_signature, sign
 from tests.serve.registered import NAME, move_by_hand, register
-from tests.serve.service_process import ServiceProcess
+from tests.serve.service_process import ServiceProcess, wait_until
 from tests.serve.test_fleet import serving
 from tests.unit.signing_keys import Keys, make_keys
 from tests.unit.tiny_learner import tiny_bundle
@@ -309,13 +308,6 @@ def test_settings_that_cannot_work_are_told_of_at_the_start(tmp_path: Path) -> N
     settings = ServeSettings(signed_by=str(tmp_path / "key.pem"))
     with pytest.raises(ConfigError, match="no public key"):
         build_app(FolderSource(tmp_path), settings)
-
-
-def wait_until(what: Callable[[], bool], seconds: float = 30.0) -> None:
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until
-        time.sleep(0.1)
 
 
 def test_a_strict_service_of_its_own(
