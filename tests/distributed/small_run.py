@@ -13,6 +13,7 @@ from pipeline.engine.choice import EngineConfig
 from pipeline.engine.learner import WEIGHTS, Preprocessing, save_learner
 from pipeline.launch.base import Job
 from pipeline.launch.local import launch_local
+from pipeline.runtime.checkpoint import checkpoint_folders
 from pipeline.runtime.context import SINGLE
 from pipeline.store.reader import Store
 from pipeline.training.augment import OFF, AugmentConfig
@@ -82,6 +83,11 @@ def run(job: MetaTrainJob, num_workers: int) -> dict[str, Any]:
     entry = "pipeline.training.meta_train:run"
     result: dict[str, Any] = launch_local(Job(entry, job, num_workers), scratch)
     return result
+
+
+def last_state(job: MetaTrainJob) -> str:
+    """SHA-256 of the last checkpoint's tensors: the weights and the optimiser's state."""
+    return sha256_file(checkpoint_folders(job.checkpoints)[0] / "tensors.safetensors")
 
 
 def digest(job: MetaTrainJob) -> tuple[str, str]:

@@ -19,7 +19,7 @@ from pipeline.store.reader import Store
 from pipeline.training.augment import AugmentConfig
 from pipeline.training.loop import OuterConfig
 from tests.distributed.entries import Choices
-from tests.distributed.small_run import digest, make_job, run
+from tests.distributed.small_run import digest, last_state, make_job, run
 
 
 def test_one_two_three_and_four_workers_end_with_the_same_weights(
@@ -29,7 +29,7 @@ def test_one_two_three_and_four_workers_end_with_the_same_weights(
     for workers in (1, 2, 3, 4):
         job = make_job(tmp_path / str(workers), blob_store, blob_tasks, num_steps=12)
         metrics.append(run(job, workers))
-        digests[workers] = digest(job)
+        digests[workers] = (*digest(job), last_state(job))
     assert len(set(digests.values())) == 1, digests
     assert all(m == metrics[0] for m in metrics)
 
@@ -74,7 +74,7 @@ def test_maml_ends_with_the_same_bits_by_every_strategy(
             num_steps=4,
         )
         run(job, workers)
-        digests.add(digest(job))
+        digests.add((*digest(job), last_state(job)))
         card = read_json(job.target / "learner.json")
         chunk = 2 if strategy.startswith("vmap") else None
         expected = {"strategy": strategy, "precision": "fp32", "chunk": chunk}

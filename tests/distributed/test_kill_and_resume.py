@@ -17,7 +17,14 @@ from pipeline.runtime.checkpoint import load_checkpoint
 from pipeline.runtime.journal import read_points
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import MetaTrainJob
-from tests.distributed.small_run import CHECKPOINT_EVERY, NUM_STEPS, digest, make_job, run
+from tests.distributed.small_run import (
+    CHECKPOINT_EVERY,
+    NUM_STEPS,
+    digest,
+    last_state,
+    make_job,
+    run,
+)
 
 
 def last_step(job: MetaTrainJob) -> int:
@@ -100,6 +107,7 @@ def test_killed_runs_end_with_the_bits_of_an_undisturbed_one(
             row = {"workers": workers, "started_at": started_at, "progress_at_kill": reached}
             campaign.append({**row, "steps_lost": reached - kept})
         assert digest(job) == digest(undisturbed)
+        assert last_state(job) == last_state(undisturbed), "the optimiser's too"
         state = json.loads((job.target / "history.json").read_text())
         assert [entry["step"] for entry in state] == list(range(1, NUM_STEPS + 1))
     print(
