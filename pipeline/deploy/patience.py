@@ -25,9 +25,10 @@ _CUT_CONNECTIONS = (
 )
 """What the database layer says of a connection that a restart has cut; MLflow calls some of these
 a bad request."""
-_INSERTS_OF_TAGS = "INSERT INTO model_version_tags"
-"""MLflow looks for a tag and then writes it: of two that set a new one at once, the second meets
-the first's row, which the database layer calls a breach of integrity. Once more, it finds it."""
+_INSERTS = ("INSERT INTO model_version_tags", "INSERT INTO registered_model_aliases")
+"""MLflow looks for a tag or alias and then writes it: of two that set a new one at once, the second
+meets the first's row, which the database layer calls a breach of integrity. Once more, it finds it.
+"""
 _LOWEST_SERVER_ERROR = 500
 
 
@@ -118,7 +119,8 @@ def is_transient(error: Exception) -> bool:
 
 def _is_overtaken(error: Exception) -> bool:
     told = str(error)  # SQLite and MySQL say the one, PostgreSQL the other
-    return _INSERTS_OF_TAGS in told and ("IntegrityError" in told or "UniqueViolation" in told)
+    refused = "IntegrityError" in told or "UniqueViolation" in told
+    return refused and any(insert in told for insert in _INSERTS)
 
 
 def _is_answer(fault: Exception) -> bool:

@@ -76,10 +76,14 @@ class Standing:
     winners: tuple[Record, ...] = field(default=(), repr=False)
 
     @property
+    def changes(self) -> tuple[Record, ...]:
+        """The records that changed the champion: a mend only moves an alias after one of them."""
+        return tuple(record for record in self.winners if record.kind != "mend")
+
+    @property
     def winner(self) -> Record | None:
         """The last record that changed the champion."""
-        changes = [record for record in self.winners if record.kind != "mend"]
-        return changes[-1] if changes else None
+        return self.changes[-1] if self.changes else None
 
 
 def fold(records: Iterable[Record]) -> Standing:

@@ -232,7 +232,7 @@ class Registry:
     def promotions(self) -> Sequence[Record]:
         """Every change of the champion, in order."""
         with explained(self.shown):
-            return self._champions.standing().winners
+            return self._champions.standing().changes
 
     def makers(self, path: str, digest: str) -> tuple[str, ...]:
         """The newest finished run that left this content at this path, and the run above it."""
