@@ -109,12 +109,9 @@ def is_transient(error: Exception) -> bool:
         return int(response.status_code) >= _LOWEST_SERVER_ERROR or response.status_code == 429
     if type(error).__module__.partition(".")[0] in {"requests", "urllib3"}:
         return True
-    if _is_overtaken(error):
-        return True
     code = getattr(error, "error_code", None)
-    return code in _TRANSIENT_CODES or (
-        code is not None and any(text in str(error) for text in _CUT_CONNECTIONS)
-    )
+    cut = code is not None and any(text in str(error) for text in _CUT_CONNECTIONS)
+    return code in _TRANSIENT_CODES or cut or _is_overtaken(error)
 
 
 def _is_overtaken(error: Exception) -> bool:

@@ -14,18 +14,18 @@ from tests.infra.ray_cluster import training
 
 __all__ = ["cluster_folder", "ray_cluster", "training"]
 
+BY_NIGHT = [pytest.mark.cluster, pytest.mark.slow]
 ROWS = [
     "local",
     "torchrun",
     pytest.param("ray_train", marks=pytest.mark.cluster),
-    # By night: its kills, in test_kubernetes_launcher.py, are tried each time, and their bits.
-    pytest.param("kubernetes", marks=[pytest.mark.cluster, pytest.mark.slow]),
+    # Each time: that a killed driver finds its run again, in test_kubernetes_launcher.py.
+    pytest.param("kubernetes", marks=BY_NIGHT),
 ]
 every_launcher = pytest.mark.parametrize("name", ROWS)
-_NIGHT = [pytest.mark.cluster, pytest.mark.slow]
 clusters_by_night = pytest.mark.parametrize(
     "name",
-    [*ROWS[:2], *(pytest.param(name, marks=_NIGHT) for name in ("ray_train", "kubernetes"))],
+    [*ROWS[:2], *(pytest.param(name, marks=BY_NIGHT) for name in ("ray_train", "kubernetes"))],
 )
 """For what other tests see on a cluster by day too."""
 

@@ -14,7 +14,7 @@ from pipeline.launch.table import LAUNCHERS, _alone_with, launch
 from pipeline.runtime.context import SINGLE
 from pipeline.store.reader import Store
 from pipeline.training.meta_train import run as run_meta_training
-from tests.contract.conftest import ROWS, clusters_by_night, every_launcher
+from tests.contract.conftest import BY_NIGHT, ROWS, clusters_by_night, every_launcher
 from tests.contract.drive import start
 from tests.distributed.entries import Plan
 from tests.distributed.small_run import digest, make_job
@@ -35,11 +35,11 @@ def test_the_battery_is_complete() -> None:
         pytest.param("torchrun", 1, marks=pytest.mark.slow),
         pytest.param("torchrun", 2, marks=pytest.mark.slow),
         ("torchrun", 3),
-        pytest.param("ray_train", 1, marks=[pytest.mark.cluster, pytest.mark.slow]),
+        pytest.param("ray_train", 1, marks=BY_NIGHT),
         pytest.param("ray_train", 2, marks=pytest.mark.cluster),
-        pytest.param("ray_train", 3, marks=[pytest.mark.cluster, pytest.mark.slow]),
-        pytest.param("kubernetes", 1, marks=[pytest.mark.cluster, pytest.mark.slow]),
-        pytest.param("kubernetes", 3, marks=[pytest.mark.cluster, pytest.mark.slow]),
+        pytest.param("ray_train", 3, marks=BY_NIGHT),
+        pytest.param("kubernetes", 1, marks=BY_NIGHT),
+        pytest.param("kubernetes", 3, marks=BY_NIGHT),
     ],
 )
 def test_every_launcher_ends_with_the_same_bits(
@@ -69,8 +69,7 @@ FAILURES = [
     (0, "kill", TrainingError, r"worker 0 (was killed|died).*Run the same command again"),
 ]
 LOST = r"(lost their connections|worker \d ended).*: Connection refused by a daemon"
-_NIGHT = [pytest.mark.cluster, pytest.mark.slow]
-RAY = [_NIGHT, _NIGHT, [pytest.mark.cluster]]
+RAY = [BY_NIGHT, BY_NIGHT, [pytest.mark.cluster]]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,7 @@ RAY = [_NIGHT, _NIGHT, [pytest.mark.cluster]]
         *((name, *failure) for name in ("local", "torchrun") for failure in FAILURES),
         *((name, 0, "lost", TrainingError, LOST) for name in ("local", "torchrun")),
         *(pytest.param("ray_train", *f, marks=m) for f, m in zip(FAILURES, RAY, strict=True)),
-        *(pytest.param("kubernetes", *f, marks=RAY[1]) for f in FAILURES),
+        *(pytest.param("kubernetes", *f, marks=BY_NIGHT) for f in FAILURES),
     ],
 )
 def test_a_failure_names_its_worker_and_stops_the_others(

@@ -29,6 +29,7 @@ def test_a_wish_to_stop_during_the_start_is_granted_and_lost_on_nobody(
     deadline = time.monotonic() + 60
     while not begun.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
+    assert begun.exists(), (tmp_path / "first" / "drive.log").read_text()
     driver.send_signal(signal.SIGTERM)
     with pytest.raises(StoppedError, match=r"^stopped (before|behind).*as asked"):
         outcome(driver, tmp_path / "first")

@@ -78,6 +78,13 @@ def test_a_deleted_record_does_not_undo_those_after_it(data: Any) -> None:
     assert (fold(left).champion, fold(left).last) == (count, count)
 
 
+def test_a_mend_is_no_change_of_the_champion() -> None:
+    """As when a service looks between a promoter's record and its move of the alias."""
+    standing = fold([record(1, 2, 0), record(2, 2, 1, kind="mend")])
+    assert [one.kind for one in standing.winners] == ["promote", "mend"]
+    assert [one.number for one in standing.changes] == [1]
+
+
 def test_a_mend_of_what_is_champion_no_more_is_no_record() -> None:
     """Its writer saw 1 as champion, and slept while 2 became it; nobody is behind because of it."""
     records = [record(1, 1, 0, seen=True, done=True), record(2, 2, 1, seen=True, done=True)]
@@ -413,39 +420,48 @@ def test_one_lost_answer_makes_one_record(client: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("guarded", [True, False])
-def test_of_two_who_mark_a_record_at_the_same_moment_none_fails(
-    guarded: bool, mlflow_client: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("what", ["tag", "alias"])
+def test_of_two_who_write_the_same_at_the_same_moment_none_fails(
+    what: str, guarded: bool, mlflow_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A promoter and a service that has seen the promotion; MLflow looks first and writes then."""
-    from mlflow.store.model_registry.dbmodels.models import SqlModelVersionTag
+    from mlflow.store.model_registry.dbmodels.models import (
+        SqlModelVersionTag,
+        SqlRegisteredModelAlias,
+    )
     from sqlalchemy import event
     from sqlalchemy.orm import Session
 
     if not guarded:
         monkeypatch.setattr(patience, "_is_overtaken", lambda error: False)
     model, overtaken = new_model(mlflow_client), []
+    champions = Champions(mlflow_client, model, ASK)
+
+    def write(version: int) -> None:
+        if what == "tag":
+            champions._set_tag(model, 1, "what", str(version))
+        else:
+            champions.move("what", version)
 
     def overtake(session: Any, *_: Any) -> None:
-        for one in [one for one in session.new if isinstance(one, SqlModelVersionTag)]:
-            if not overtaken:
-                overtaken.append(one.key)
-                other = mlflow_client.set_model_version_tag
-                with ThreadPoolExecutor(1) as thread:  # on a connection of its own
-                    thread.submit(other, model, "1", one.key, "the other's").result()
+        kinds = (SqlModelVersionTag, SqlRegisteredModelAlias)
+        if not overtaken and any(isinstance(one, kinds) for one in session.new):
+            overtaken.append(what)
+            with ThreadPoolExecutor(1) as thread:  # on a connection of its own
+                thread.submit(write, 2).result()
 
-    mark = Champions(mlflow_client, model, ASK)._set_tag
     event.listen(Session, "before_flush", overtake)
     try:
         if guarded:
-            mark(model, 1, "alias", "done")
+            write(3)
         else:
-            with pytest.raises(Exception, match="UNIQUE constraint failed: model_version_tags"):
-                mark(model, 1, "alias", "done")
+            with pytest.raises(Exception, match="UNIQUE constraint failed"):
+                write(3)
     finally:
         event.remove(Session, "before_flush", overtake)
-    assert overtaken == ["alias"]
-    told = mlflow_client.get_model_version(model, "1").tags["alias"]
-    assert told == ("done" if guarded else "the other's")
+    assert overtaken
+    tags, aliases = mlflow_client.get_model_version(model, "1").tags, champions.aliases()
+    assert int(tags["what"] if what == "tag" else aliases["what"]) == (3 if guarded else 2)
 
 
 def test_spent_patience_says_what_state_things_are_in(client: Any, name: str) -> None:

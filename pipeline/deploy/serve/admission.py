@@ -52,14 +52,13 @@ def refusal(tags: Mapping[str, str]) -> str | None:
     return None
 
 
-def unsigned_promotion(records: Sequence[Record], version: Version, public_key: Path) -> str | None:
+def unsigned_promotion(changes: Sequence[Record], version: Version, public_key: Path) -> str | None:
     """Why a champion may not serve where promotions must be signed; None if its own is.
 
     Args:
-        records: those that won, in order.
+        changes: of the champion, in order.
     """
     mend = f"`{KEY_VARIABLE}=KEY.pem metaloom promote {version.number}`"
-    changes = [record for record in records if record.kind != "mend"]
     if not changes or changes[-1].champion != version.number:
         return f"there is no record of its promotion; promote it with a signature: {mend}"
     last = changes[-1]
