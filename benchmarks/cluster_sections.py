@@ -7,8 +7,9 @@ from typing import Any
 
 from pipeline.core.files import read_json
 
-FAULTS, PREPROCESS, SCALE = (
-    Path(f"benchmarks/results/{name}.json") for name in ("faults", "preprocess", "scale")
+FAULTS, TELEMETRY, PREPROCESS, SCALE = (
+    Path(f"benchmarks/results/{name}.json")
+    for name in ("faults", "telemetry", "preprocess", "scale")
 )
 PICTURE = Path("docs/images/scale.png")
 
@@ -19,6 +20,13 @@ From `{record}`, made by `python -m benchmarks.faults --steps {steps}`: MAML's C
 {workers} workers, the launchers in turn, medians over {rounds} rounds. The shares are of a run's
 whole time on its main worker, with a checkpoint every 20 steps: writing it; comparing the workers
 before it; looking for incidents and stragglers in each step.
+"""
+_TELEMETRY = """\
+## What a tracking server that is gone costs
+
+From `{record}`, made by `python -m benchmarks.telemetry`: a stage writes ten points a second for
+{seconds:.0f} seconds. The time of a point is all that the stage itself waits; the processor time is
+that of the recorder beside it, once it has started.
 """
 _PREPROCESS = """\
 ## Preprocessing over nodes
@@ -50,6 +58,19 @@ def render_faults(document: dict[str, Any], record: Path) -> str:
         rate, start = row["tasks_per_second"], row["seconds_to_the_third_step"]
         shares = " | ".join(f"{row['share_of_the_run'][part]:.3%}" for part in parts)
         lines.append(f"| {name} | {rate:.1f} | {rate / base:.2f} | {start:.1f} s | {shares} |")
+    return "\n".join(lines)
+
+
+def render_telemetry(document: dict[str, Any], record: Path) -> str:
+    """Markdown: one row a kind of server."""
+    lines = [
+        _TELEMETRY.format(record=record, **document),
+        "| the server | microseconds a point | recorder, of one core |",
+        "|---|---:|---:|",
+    ]
+    for kind, row in document["servers"].items():
+        point, share = 1e6 * row["seconds_a_point"], row["recorder_share_of_a_core"]
+        lines.append(f"| {kind} | {point:.0f} | {share:.2%} |")
     return "\n".join(lines)
 
 
@@ -93,6 +114,8 @@ def cluster_sections(page: Path) -> list[str]:
     parts = []
     if FAULTS.exists():
         parts.append(render_faults(read_json(FAULTS), FAULTS))
+    if TELEMETRY.exists():
+        parts.append(render_telemetry(read_json(TELEMETRY), TELEMETRY))
     if PREPROCESS.exists():
         parts.append(render_preprocess(read_json(PREPROCESS), PREPROCESS))
     if SCALE.exists():

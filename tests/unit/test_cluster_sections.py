@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.cluster_sections import render_faults, render_preprocess, render_scale
+from benchmarks.cluster_sections import (
+    render_faults,
+    render_preprocess,
+    render_scale,
+    render_telemetry,
+)
 
 HERE = Path("x.json")
 
@@ -20,6 +25,12 @@ def test_launchers_are_compared_with_the_local_one() -> None:
     text = render_faults({"workers": 2, "steps": 20, "launchers": rows}, HERE)
     assert "| launcher | tasks/s | of local | third step after | checkpoints |" in text
     assert "| torchrun | 8.0 | 0.80 | 4.0 s | 1.200% |" in text
+
+
+def test_each_kind_of_tracking_server_is_a_row() -> None:
+    row = {"seconds_a_point": 0.00015, "recorder_share_of_a_core": 0.0019}
+    text = render_telemetry({"seconds": 60.0, "servers": {"refuses": row}}, HERE)
+    assert "for\n60 seconds" in text and "| refuses | 150 | 0.19% |" in text
 
 
 def test_each_way_of_preprocessing_is_a_row() -> None:

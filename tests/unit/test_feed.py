@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 import threading
@@ -23,11 +24,11 @@ from pipeline.engine.learner import Preprocessing
 from pipeline.runtime.collectives import share
 from pipeline.runtime.context import SINGLE
 from pipeline.store.reader import Store
-from pipeline.tasks.sampler import TRAIN_STREAM, class_table, examples_needed, sample
+from pipeline.tasks.sampler import TRAIN_STREAM, Episodes, class_table, examples_needed, sample
 from pipeline.tasks.spec import EpisodeSpec
 from pipeline.tasks.stream import TrainStream, train_stream
 from pipeline.training import feed as feed_module
-from pipeline.training.episodes import HostEpisodes, episode_feed, num_ahead
+from pipeline.training.episodes import HostEpisodes, blocks, episode_feed, num_ahead
 from pipeline.training.feed import Feed, Key
 from pipeline.training.pictures import (
     FromStore,
@@ -114,6 +115,37 @@ def test_every_worker_of_every_world_gets_what_a_direct_computation_gives(
                 found = feed.take(position, group)
                 assert same(found, directly(blob_store, position, group))
     assert not feed_threads()
+
+
+def test_a_hundred_thousand_episodes_come_in_one_order_however_the_world_changes(
+    blob_store: Store,
+) -> None:
+    """A world of another size, 1 to 16, at every restart; against one call that draws them all."""
+    spec = EpisodeSpec(ways=3, shots=1, queries=2)
+    stream = train_stream(blob_store, spec, seed=5, num_groups=16, tasks_per_group=25)
+    positions, rng, found, sizes = 250, random.Random(3), list[Episodes](), set[int]()
+
+    def load(keys: Iterator[Key]) -> Iterator[Episodes]:
+        for block in blocks(keys):
+            yield from stream.groups(block)
+
+    start = 0
+    while start < positions:
+        world, end = rng.randint(1, 16), min(positions, start + rng.randint(1, 8))
+        sizes.add(world)
+        owned = [share(16, rank, world) for rank in range(world)]
+        feeds = [Feed(load, lambda drawn: drawn, groups, ahead=0) for groups in owned]
+        for position in range(start, end):
+            for feed in feeds:
+                found.extend(feed.take(position, group) for group in feed.groups)
+        start = end
+    assert sizes >= {1, 2, 3, 4, 16}
+    expected = sample(
+        stream.table, spec, ways=3, shots=1, seed=5, stream=TRAIN_STREAM,
+        indices=np.arange(100_000),
+    )  # fmt: skip
+    for drawn, wanted in zip(zip(*found, strict=True), expected, strict=True):
+        assert np.array_equal(np.concatenate(drawn), wanted)
 
 
 def test_the_comparison_can_fail(blob_store: Store) -> None:
