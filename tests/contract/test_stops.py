@@ -17,7 +17,7 @@ from tests.distributed.slow_to_import import BEGUN
 from tests.distributed.small_run import CHECKPOINT_EVERY, digest, make_job
 
 
-@pytest.mark.parametrize("name", ["local", "torchrun"])
+@pytest.mark.parametrize("name", ["local", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_wish_to_stop_during_the_start_is_granted_and_lost_on_nobody(
     name: str, blob_store: Store, blob_tasks: Path, tmp_path: Path
 ) -> None:

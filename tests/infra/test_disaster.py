@@ -206,7 +206,9 @@ def push_data(repository: Path, remote: Path) -> bytes:
     return data
 
 
-@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)])
+@pytest.fixture(
+    params=[pytest.param(kind, marks=pytest.mark.slow) for kind in ("sqlite", "postgresql")]
+)
 def places(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Databases, Databases]]:
     """The databases of the site that is lost, and of the one that is made anew."""
     if request.param == "sqlite":

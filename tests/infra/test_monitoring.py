@@ -172,7 +172,7 @@ def test_the_accuracy_of_the_champion_is_told(service: ServiceProcess) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """Series a minute apart; a rule that fires, and series close by with which it does not."""
+    """Series; a rule that fires, and others close by with which it does not."""
 
     fires: dict[str, str]
     quiet: dict[str, str]
@@ -180,10 +180,12 @@ class Case:
     times: int = 1
     also: Sequence[dict[str, str]] = field(default_factory=list)
     """More quiet ones."""
+    every: str = "1m"
+    """Between two samples, and between two looks at the rules"""
 
 
 def counts(metric: str, each: Sequence[tuple[str, int]]) -> dict[str, str]:
-    """Counters that grow by so much a minute."""
+    """Counters that grow by so much from sample to sample."""
     return {f"{metric}{{{labels}}}": f"0+{step}x1600" for labels, step in each}
 
 
@@ -201,7 +203,7 @@ def latencies(fast: int, slow: int) -> dict[str, str]:
 
 
 def ranks(low: int, high: int) -> dict[str, str]:
-    """So many queries a minute in the lower and the upper half."""
+    """So many queries from sample to sample in the lower and the upper half."""
     labels = 'version="3",signal="similarity"'
     series = [(f'{labels},le="0.50"', low), (f'{labels},le="+Inf"', low + high)]
     series.insert(1, (f'{labels},le="0.95"', low + high))
@@ -269,24 +271,29 @@ CASES = {
         at="60m",
     ),
     "MetaloomDrift": Case(
-        ranks(9, 1), ranks(5, 5), at="1500m", also=[{k: "0+0.1x1600" for k in ranks(9, 1)}]
+        ranks(9, 1),
+        ranks(5, 5),
+        at="1500m",
+        also=[{k: "0+0.1x1600" for k in ranks(9, 1)}],
+        every="5m",
     ),
     "MetaloomRetrainingStale": Case(
         {
-            f"kube_cronjob_status_last_successful_time{{{NIGHT}}}": "0x4000",
-            f"kube_cronjob_spec_suspend{{{NIGHT}}}": "0x4000",
+            f"kube_cronjob_status_last_successful_time{{{NIGHT}}}": "0x140",
+            f"kube_cronjob_spec_suspend{{{NIGHT}}}": "0x140",
         },
         {
-            f"kube_cronjob_status_last_successful_time{{{NIGHT}}}": "0x4000",
-            f"kube_cronjob_spec_suspend{{{NIGHT}}}": "1x4000",
+            f"kube_cronjob_status_last_successful_time{{{NIGHT}}}": "0x140",
+            f"kube_cronjob_spec_suspend{{{NIGHT}}}": "1x140",
         },
         at="3000m",
         also=[
             {
-                f"kube_cronjob_status_last_successful_time{{{NIGHT}}}": "100000x4000",
-                f"kube_cronjob_spec_suspend{{{NIGHT}}}": "0x4000",
+                f"kube_cronjob_status_last_successful_time{{{NIGHT}}}": "100000x140",
+                f"kube_cronjob_spec_suspend{{{NIGHT}}}": "0x140",
             }
         ],
+        every="30m",
     ),
     "MetaloomRetrainingFailed": Case(
         {f"kube_job_status_failed{{{RUN}}}": "0x5 1x60"},
@@ -345,36 +352,33 @@ def test_promtool_accepts_the_rules() -> None:
     assert f"{len(ALL_RULES)} rules found" in done.stdout
 
 
-def _one(name: str, series: dict[str, str], at: str, number: int | None) -> dict[str, Any]:
+def _one(name: str, series: dict[str, str], case: Case, number: int | None) -> dict[str, Any]:
     expected = [] if number is None else [{"labels": "{}", "value": number}]
     firing = f'count(ALERTS{{alertname="{name}",alertstate="firing"}})'
     return {
-        "interval": "1m",
+        "interval": case.every,
         "name": name,
         "input_series": [{"series": k, "values": v} for k, v in series.items()],
-        "promql_expr_test": [{"expr": firing, "eval_time": at, "exp_samples": expected}],
+        "promql_expr_test": [{"expr": firing, "eval_time": case.at, "exp_samples": expected}],
     }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_rule_fires_when_it_should_and_not_otherwise(name: str, tmp_path: Path) -> None:
     case = CASES[name]
-    tests = [_one(name, case.fires, case.at, case.times)]
-    tests += [_one(name, quiet, case.at, None) for quiet in (case.quiet, *case.also)]
+    tests = [_one(name, case.fires, case, case.times)]
+    tests += [_one(name, quiet, case, None) for quiet in (case.quiet, *case.also)]
     if not case.also:
-        tests.append(_one(name, {"up": "1x60"}, case.at, 1 if name == "MetaloomDown" else None))
+        tests.append(_one(name, {"up": "1x60"}, case, 1 if name == "MetaloomDown" else None))
     path = tmp_path / "test.yaml"
-    path.write_text(
-        yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests})
-    )
+    asked = {"rule_files": [str(RULES)], "evaluation_interval": case.every, "tests": tests}
+    path.write_text(yaml.safe_dump(asked))
     command = [promtool(), "test", "rules", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     # The same with the expectation turned round must fail, or nothing was tested.
     tests[0]["promql_expr_test"][0]["exp_samples"] = []
-    path.write_text(
-        yaml.safe_dump({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests})
-    )
+    path.write_text(yaml.safe_dump(asked))
     assert subprocess.run(command, capture_output=True, check=False).returncode == 1
 
 
