@@ -24,6 +24,10 @@ class TrainingError(PipelineError):
     """Training cannot go on: non-finite numbers, a dead worker, a changed world."""
 
 
+class GuardError(TrainingError):
+    """Numbers that no worker may go on with; every worker raises it, at the same step."""
+
+
 class StorageError(TrainingError):
     """A disk, or an object store, refuses what has to be kept."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipeline.algorithms.base import Algorithm
 from pipeline.core.errors import TrainingError
@@ -22,6 +23,19 @@ class Runner:
         self.engine = engine
         self._compute = computed_by(engine)
         self._halved = False
+
+    def method(self) -> dict[str, Any]:
+        """What the sums of a group depend on: strategies and chunks agree within rounding alone."""
+        engine = self.engine
+        return {"strategy": engine.strategy, "chunk": engine.chunk, "stride": engine.stride}
+
+    def go_on_by(self, method: Mapping[str, Any]) -> None:
+        """Compute as an earlier start of this run did, on whatever machine that was."""
+        if method == self.method():
+            return
+        self.engine = replace(self.engine, **method)
+        self._compute = computed_by(self.engine)
+        say("engine", **method, why="of the checkpoint: another one would round otherwise")
 
     def __call__(
         self, algorithm: Algorithm, model: Model, params: Params, tasks: Sequence[Task]

@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.core.errors import PipelineError, StorageError, TrainingError
+from pipeline.core.errors import GuardError, PipelineError, StorageError
 from pipeline.runtime.checkpoint import (
     Checkpoint,
     clear_checkpoints,
@@ -55,7 +55,7 @@ class Keeper:
         if self._mirror is not None:
             # After a fault the workers are started again, and that should not wait for a store.
             self._mirror.close(flush=kind is None or issubclass(kind, PipelineError))
-        if kind is TrainingError:  # a guard's, by every worker: none ends the run before the upload
+        if kind is GuardError:  # every worker has it, and none ends the run before the upload
             self._context.wait_for_main("last upload")
 
     def resume(self) -> Checkpoint | None:

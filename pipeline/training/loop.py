@@ -11,15 +11,16 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Interval
 from pydantic import PositiveInt
 
 from pipeline.core.config import Section
-from pipeline.core.errors import StoppedError, TrainingError
+from pipeline.core.errors import GuardError, StoppedError
 from pipeline.core.types import Params
 from pipeline.engine.learner import Learner
+from pipeline.engine.runner import Runner
 from pipeline.runtime.agreement import check_agreement, kinds_of_machines
 from pipeline.runtime.checkpoint import Checkpoint
 from pipeline.runtime.collectives import barrier, owned_groups
@@ -52,6 +53,8 @@ from pipeline.training.stragglers import Stragglers
 _SPIKE_WINDOW = 32
 _TOLD = "told"
 """In a checkpoint: the metrics of the steps since the one before"""
+_METHOD = "method"
+"""In a checkpoint: how the gradients are computed"""
 
 
 class OuterConfig(Section):
@@ -103,11 +106,16 @@ def optimise(
     journal: Path | None,
     label: str,
     incidents: Incidents | None = None,
+    runner: Runner | None = None,
 ) -> TrainState:
     """Train from `start`, or from the newest good checkpoint, to the end.
 
+    Args:
+        runner: the program's, if it has one; it goes on by the checkpoint's method.
+
     Raises:
-        TrainingError: non-finite numbers or too many spikes.
+        GuardError: non-finite numbers or too many spikes.
+        TrainingError: one worker cannot go on; it has too little memory.
         StorageError: a disk that refuses checkpoints.
         StoppedError: a worker was asked to stop; all stopped behind a checkpoint of the same step,
             which may still await its validation.
@@ -126,6 +134,8 @@ def optimise(
         snapshot, recent, rates = state, list[Point](), dict[str, float]()
         if saved is not None:
             _tell_again(saved, log, context)
+            if runner is not None and _METHOD in saved.state:
+                runner.go_on_by(saved.state[_METHOD])
         with _show(label, program, config, state, context) as bar, feed:
             pace = Pace(program.unit, lambda: feed.waited_seconds)
             while not stopping and not _is_over(state, config):
@@ -155,7 +165,10 @@ def optimise(
                 ends = stopping or state.progress.stopped is not None
                 if ends or _is_due(state, config, config.checkpoint_every):
                     snapshot = state
-                    stopping = _checkpointed(state, recent, keeper, log, context) or stopping
+                    more: dict[str, Any] = {_TOLD: [asdict(point) for point in recent]}
+                    if runner is not None:
+                        more[_METHOD] = runner.method()
+                    stopping = _checkpointed(state, more, keeper, log, context) or stopping
                     recent = []
     context.wait_for_main("last upload")
     barrier()
@@ -166,13 +179,12 @@ def optimise(
 
 
 def _checkpointed(
-    state: TrainState, recent: list[Point], keeper: Keeper, log: MetricLog, context: Context
+    state: TrainState, more: dict[str, Any], keeper: Keeper, log: MetricLog, context: Context
 ) -> bool:
     """Keep a state that all workers agree on; True if their machines want them to stop."""
     tensors, values = state.checkpoint()
     check_agreement(tensors, state.progress.step, context)
-    told = [asdict(point) for point in recent]
-    keeper.save(state.progress.step, tensors, {**values, _TOLD: told})
+    keeper.save(state.progress.step, tensors, {**values, **more})
     context.wait_for_all("checkpoint")  # one disk may be slower than the timeout of an exchange
     return log.flush(state.progress.step)
 
@@ -241,7 +253,7 @@ def _to_leave_out(
     """The groups to go on without, from now on.
 
     Raises:
-        TrainingError: the configuration says to stop, or it has happened too often.
+        GuardError: the configuration says to stop, or it has happened too often.
         DivergenceError: a worker errs, not the data.
     """
     check_agreement(state.checkpoint()[0], state.progress.step, context)
@@ -251,7 +263,7 @@ def _to_leave_out(
     rollbacks = state.progress.rollbacks
     if policy == "stop" or rollbacks >= config.max_rollbacks:
         often = f", after {rollbacks} rollbacks" if rollbacks else ""
-        raise TrainingError(
+        raise GuardError(
             f"{found.sentence()}{often}. No update was made and the last checkpoint is good. Look "
             "at these examples, lower outer.lr (or the inner learning rate), or go on without them "
             f"(outer.{found.setting}: skip).{found.replay()}"

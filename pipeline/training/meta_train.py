@@ -130,7 +130,7 @@ def program(
 def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
     """What every worker does."""
     training, start = program(job, context)
-    template, store, engine = training.template, training.store, training.runner.engine
+    template, store = training.template, training.store
     inputs = {"tasks": job.tasks, "pretrained": job.pretrained}
     digests = {name: content_hash(path) or "none" for name, path in inputs.items()}
     check_same_inputs({"store": store.digest, **digests}, context)
@@ -152,11 +152,13 @@ def run(job: MetaTrainJob, context: Context) -> dict[str, Any]:
                 ("store", "tasks", "pretrained"),
                 training.runner,
             ),
+            runner=training.runner,
         )
     else:
         state = _validated_as_it_is(template, validate)
     learner = training.learner(unflatten(best_of(state).vector, start))
     stream = TrainingStream(seed=training.stream.seed, episodes=training.stream.spec)
+    engine = training.runner.engine
     origin = {
         "stage": "meta_train",
         "pretrained": job.pretrained.name,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -61,7 +60,6 @@ def test_another_machine_goes_on_from_the_store(
     reached = max(run.steps())
     mirrored = int(storage.names(under)[-1].removeprefix("step-"))
     second = long_job(tmp_path / "second" / "run", blob_store, blob_tasks, num_steps=length)
-    shutil.copy(first.choices, second.choices)
     again = Disturbed(second, "local")
     again.start(3)
     assert again.wait_for_steps(1)

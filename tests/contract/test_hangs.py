@@ -12,7 +12,7 @@ from pipeline.launch.base import Job, Launcher
 from pipeline.launch.local import launch_local
 from pipeline.runtime.checkpoint import newest_step
 from pipeline.store.reader import Store
-from tests.distributed.broken import Hang, Slow
+from tests.distributed.broken import Hang, Hungry, Slow
 from tests.distributed.small_run import make_job
 
 TIMEOUT_SECONDS = "3"
@@ -94,6 +94,19 @@ def test_an_incident_is_kept_before_the_run_ends(
         launch_local(Job("tests.distributed.broken:slowed", plan, 2), tmp_path / "launch")
     kept = Path(str(caught.value).rpartition("metaloom replay ")[2])
     assert verify(kept)["kind"] == "incident"
+
+
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_one_worker_alone_cannot_mend_ends_the_run_by_its_own_words(
+    rank: int, blob_store: Store, blob_tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one waits for it in an exchange, and has nothing to say."""
+    monkeypatch.setenv("METALOOM_TIMEOUT_SECONDS", TIMEOUT_SECONDS)
+    plan = Hungry(job=make_job(tmp_path, blob_store, blob_tasks), rank=rank)
+    launched = Job("tests.distributed.broken:hungry", plan, 2, max_restarts=0)
+    with pytest.raises(TrainingError, match="out of memory with 1 task.*To mend it, "):
+        launch_local(launched, tmp_path / "launch")
 
 
 @pytest.mark.timeout(240)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.core.config import Section
+from pipeline.engine import runner
 from pipeline.evaluation import scoring
 from pipeline.runtime import resume
 from pipeline.runtime.collectives import gather_shares
@@ -202,6 +203,24 @@ def deaf(plan: Deaf, context: Context) -> dict[str, Any]:
 
     if not plan.guarded:
         loop.take_step = alone
+    return run(plan.job, context)
+
+
+class Hungry(Section):
+    """A worker whose allocator refuses everything."""
+
+    job: MetaTrainJob
+    rank: int
+
+
+def hungry(plan: Hungry, context: Context) -> dict[str, Any]:
+    """Train; one worker has no memory for a single task."""
+
+    def refuse(*arguments: Any) -> Any:
+        raise torch.OutOfMemoryError("Tried to allocate 64 GiB")
+
+    if context.rank == plan.rank:
+        runner.computed_by = lambda engine: refuse
     return run(plan.job, context)
 
 

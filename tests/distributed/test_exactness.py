@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from pipeline.engine.choice import EngineConfig
 from pipeline.engine.meta_gradient import STRATEGIES
 from pipeline.launch.base import Job
 from pipeline.launch.local import launch_local
+from pipeline.runtime.checkpoint import checkpoint_folders
+from pipeline.runtime.context import SINGLE
 from pipeline.store.reader import Store
+from pipeline.training import meta_train
 from pipeline.training.augment import AugmentConfig
 from pipeline.training.loop import OuterConfig
+from pipeline.training.meta_train import MetaTrainJob
 from tests.distributed.entries import Choices
 from tests.distributed.small_run import digest, last_state, make_job, run
 
@@ -94,3 +99,36 @@ def test_every_worker_takes_the_main_ones_engine(tmp_path: Path) -> None:
     assert found == [7, 7, 7]
     assert not (tmp_path / "1.json").exists()
     assert json.loads((tmp_path / "0.json").read_text()) == known
+
+
+def test_another_machine_goes_on_by_the_method_of_the_checkpoint(
+    blob_store: Store, blob_tasks: Path, tmp_path: Path
+) -> None:
+    """It remembers another strategy as its fastest, which sums in another order."""
+
+    def job(name: str, strategy: str) -> MetaTrainJob:
+        """Of a machine that has chosen before."""
+        made = make_job(
+            tmp_path / name, blob_store, blob_tasks, tasks_per_group=4, num_steps=10, lr=0.1
+        )
+        chunk = None if strategy == "loop" else 4
+        choices = read_json(tmp_path / "asked" / "engine.json")
+        for choice in choices.values():
+            choice["engine"] |= {"strategy": strategy, "chunk": chunk}
+        write_json(made.choices, choices)
+        return made
+
+    asked = make_job(tmp_path / "asked", blob_store, blob_tasks, tasks_per_group=4, num_steps=1)
+    meta_train.run(asked, SINGLE)
+    whole, other = job("whole", "loop"), job("other", "vmap")
+    for one in (whole, other):
+        meta_train.run(one, SINGLE)
+    assert digest(whole) != digest(other), "the comparison could not fail"
+    moved = job("moved", "vmap")
+    half = min(checkpoint_folders(whole.checkpoints))
+    shutil.copytree(half, moved.checkpoints / half.name)
+    meta_train.run(moved, SINGLE)
+    assert digest(moved) == digest(whole)
+    for one, strategy in ((moved, "loop"), (other, "vmap")):
+        origin = read_json(one.target / "learner.json")["origin"]
+        assert origin["engine"]["strategy"] == strategy
