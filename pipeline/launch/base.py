@@ -30,6 +30,8 @@ class Job(NamedTuple):
     """Starts in a row from one checkpoint, beside the first, before the run is given up"""
     outputs: tuple[Path, ...] = ()
     """Folders that the main worker leaves, to be brought to the driver from wherever that was"""
+    most_workers: int | None = None
+    """How many can share the work, on all hosts together; None: any number"""
 
 
 class Launcher(Protocol):

@@ -62,7 +62,8 @@ def launch(entry: str, config: Section, *, most: int, outputs: Sequence[Path] = 
             f"METALOOM_NUM_WORKERS asks for {number} workers, and there is work for {most}: some "
             "would have none. Lower it, or raise num_groups (which changes the run)."
         )
-    job = Job(entry, config, number, least, max_restarts_from_environment(), tuple(outputs))
+    restarts = max_restarts_from_environment()
+    job = Job(entry, config, number, least, restarts, tuple(outputs), most)
     _FOLDER.mkdir(parents=True, exist_ok=True)
     _remove_old_folders()
     folder = Path(tempfile.mkdtemp(dir=_FOLDER, prefix="run-"))

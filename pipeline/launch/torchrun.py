@@ -39,6 +39,7 @@ from pipeline.launch.torchrun_hosts import (
     Hosts,
     end_agent,
     hosts_from_environment,
+    shared_out,
     start_agent,
 )
 from pipeline.launch.torchrun_story import (
@@ -68,13 +69,15 @@ def launch_torchrun(job: Job, folder: Path) -> Any:
     """Start this host's agent and wait; workers that die, or hosts that come or go, start all anew.
 
     METALOOM_NODES says how many hosts (`2`, or elastic `1:3`; default 1), METALOOM_RENDEZVOUS where
-    this one listens for the others (host:port). METALOOM_NUM_WORKERS is the number on each host.
+    this one listens for the others (host:port). METALOOM_NUM_WORKERS is the number on this host; on
+    the others it is what they are set to, or less where there is not work for so many.
 
     Raises:
         PipelineError: a worker's own; or too many starts came to nothing.
         StoppedError: this process was asked to stop, and the workers did.
     """
     hosts = hosts_from_environment()
+    job = shared_out(job, hosts)
     require_free(hosts.rendezvous)
     prepare(job, folder)
     (folder / AGENT_LOG).unlink(missing_ok=True)
@@ -142,7 +145,6 @@ def join_runs(rendezvous: str, folder: Path, *, once: bool = False) -> None:
                 time.sleep(_POLL_SECONDS)
                 continue
             last = told["run"]
-            say("join", run=last, entry=told["entry"])
             _serve(told, endpoint, num_workers, folder / last, asked)
             if once:
                 return
@@ -164,7 +166,8 @@ def _serve(
     if not ours or not re.fullmatch(r"[0-9a-f]{12}", told["run"]):
         raise ConfigError(f"{endpoint} announces {told['entry']!r}, which is no run of ours.")
     config = resolve(told["config_type"]).model_validate(told["config"])
-    job = Job(told["entry"], config, num_workers)
+    job = Job(told["entry"], config, min(num_workers, max(1, int(told["workers"]))))
+    say("join", run=told["run"], entry=told["entry"], workers=float(job.num_workers))
     prepare(job, folder)
     hosts = Hosts(told["least"], told["most"], endpoint)
     agent = start_agent(job, folder, hosts, told["run"], is_main=False)
@@ -244,6 +247,8 @@ def _wait(
         time.sleep(_POLL_SECONDS)
     if error := final_error(folder):
         raise error
+    if agent.returncode == 0 and (folder / "result.json").exists():
+        return  # the wish to stop came with the last step
     if told_since:
         heard = (folder / HEARD).exists() or not (folder / STARTS).exists()
         step = progress_in(folder)

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.core.errors import MachineError
 from pipeline.launch.base import Job
 from pipeline.launch.network import Endpoint
-from pipeline.launch.torchrun_hosts import Hosts
+from pipeline.launch.torchrun_hosts import Hosts, workers_left
 from pipeline.runtime.lineage import code_hash, code_root
 from pipeline.runtime.logs import say
 from pipeline.runtime.noticeboard import Noticeboard
@@ -90,4 +90,5 @@ def description(job: Job, hosts: Hosts, run: str) -> dict[str, Any]:
         "config": job.config.model_dump(mode="json"),
         "least": hosts.least,
         "most": hosts.most,
+        "workers": workers_left(job, hosts),
     }

@@ -49,6 +49,34 @@ def hosts_from_environment() -> Hosts:
     return Hosts(least or most, most, rendezvous)
 
 
+def shared_out(job: Job, hosts: Hosts) -> Job:
+    """The job with no more workers here than leave work for every other host.
+
+    Raises:
+        ConfigError: the workers or hosts that were asked for leave some without any.
+    """
+    most = job.most_workers
+    if most is None or hosts.most == 1:
+        return job
+    here = job.num_workers
+    if not os.environ.get("METALOOM_NUM_WORKERS"):
+        here = max(1, min(here, most // hosts.most))
+    if here + hosts.most - 1 > most:
+        raise ConfigError(
+            f"{here} workers on this host leave some of the {hosts.most} hosts that METALOOM_NODES "
+            f"allows without any: there is work for {most} in all. Lower METALOOM_NUM_WORKERS or "
+            "METALOOM_NODES, or raise num_groups (which changes the run)."
+        )
+    return job._replace(num_workers=here)
+
+
+def workers_left(job: Job, hosts: Hosts) -> int:
+    """How many workers each host that joins may bring."""
+    if job.most_workers is None:
+        return MANY
+    return (job.most_workers - job.num_workers) // (hosts.most - 1)
+
+
 def start_agent(
     job: Job, folder: Path, hosts: Hosts, run: str, *, is_main: bool
 ) -> subprocess.Popen[bytes]:
