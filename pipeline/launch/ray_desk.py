@@ -165,9 +165,9 @@ def _watch(
     heard = knocked = time.monotonic()
     while not ended.wait(_POLL_SECONDS):
         now = time.monotonic()
-        if asked() and not stopping:
-            stopping = now
-            desk.stop.remote()
+        if asked():
+            stopping = stopping or now
+            desk.stop.remote()  # each time: nobody says whether the last one arrived
         failed = False
         try:
             told = ask(ray, desk)

@@ -9,6 +9,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ from ray.train.v2._internal.execution.context import get_train_context as get_in
 from pipeline.core.errors import ConfigError, PipelineError, StoppedError
 from pipeline.launch.outputs import put_outputs
 from pipeline.launch.worker import resolve
+from pipeline.runtime.checkpoint import clear_checkpoints
 from pipeline.runtime.context import joined_context
 from pipeline.runtime.faults import FaultError, LostPeerError, peers_watched
 from pipeline.runtime.journal import Journal, Point
 from pipeline.runtime.logs import say
 from pipeline.runtime.storage import storage_from_environment
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _ANSWER_SECONDS = 0.5, 5.0
 _END_SECONDS = 30.0
 
 
@@ -50,6 +52,9 @@ def work(loop: Mapping[str, Any]) -> None:
             result = resolve(loop["entry"])(config, context)
         if context.is_main:
             stored = _send_home(loop)
+            kept = getattr(config, "checkpoints", None)
+            if stored and kept:  # until the driver has the result, the store has the last one too
+                clear_checkpoints(kept)
             ray.get(desk.finish.remote({"result": result, "stored": stored}))
     except StoppedError as error:
         if not ray.get(desk.stopping.remote()):
@@ -180,11 +185,11 @@ def _stop_told(desk: Any) -> Any:
 
     def listen() -> None:
         while not asked.wait(_POLL_SECONDS):
-            try:
-                if notice.preemption_info is not None or ray.get(desk.stopping.remote()):
+            if notice.preemption_info is not None:
+                asked.set()
+            with suppress(ray.exceptions.RayError):  # it may answer the next time; or Ray ends us
+                if ray.get(desk.stopping.remote(), timeout=_ANSWER_SECONDS):
                     asked.set()
-            except Exception:  # the driver is gone, and Ray ends this worker
-                return
 
     threading.Thread(target=listen, daemon=True, name="stop").start()
     return asked.is_set

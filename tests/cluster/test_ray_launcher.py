@@ -115,7 +115,7 @@ def test_nodes_with_disks_of_their_own_send_their_results_by_s3(
     assert drive("ray_train", request, tmp_path / "drive", environment) == metrics
     here = job.model_copy(update={"target": tmp_path / "driver" / job.target})
     assert digest(here) == bits
-    assert not (tmp_path / "driver" / "checkpoints").exists()
+    assert not [*tmp_path.glob("driver/**/step-*"), *tmp_path.glob("nodes/**/step-*")]
     token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
     logs = _ray_logs(ray_cluster)
     assert any(job.target.name.encode() in text for text in logs.values()), "they tell of the job"
