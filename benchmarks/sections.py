@@ -76,7 +76,11 @@ def _openings(rows: list[dict[str, Any]]) -> list[str]:
     for size, row in sorted(stores.items()):
         memory = f"{row['open_bytes'] / 1e6:.0f} MB | {row['growth_bytes'] / 1e6:.1f} MB"
         lines.append(f"| {size:,} | {row['open_seconds']:.3f} s | {memory} |")
-    return [*lines, "", "The index holds classes, here one for every 20 rows; pictures stay on disk."]
+    return [
+        *lines,
+        "",
+        "The index holds classes, here one for every 20 rows; pictures stay on disk.",
+    ]
 
 
 def other_sections(page: Path) -> list[str]:

@@ -15,14 +15,14 @@ import typer
 from typer.core import TyperCommand
 
 from pipeline.cluster.kube.commands import app as cluster
-from pipeline.core.errors import MachineError
+from pipeline.core.errors import MachineError, PipelineError, RegistryError, StorageError
 from pipeline.deploy import commands as deploy_commands
 from pipeline.deploy.commands import AsJson, Model, model_name, say
 from pipeline.deploy.release_commands import release
 from pipeline.deploy.reproduce_command import reproduce
 from pipeline.deploy.retrain_command import retrain
 from pipeline.deploy.serve import commands
-from pipeline.runtime.logs import run_main
+from pipeline.runtime.logs import run_main, warn
 
 REPORT = Path("results/evaluate/report.html")
 
@@ -122,15 +122,29 @@ def upload(as_json: AsJson = False) -> None:
     """
     from pipeline.runtime.mirror import upload_checkpoints
     from pipeline.runtime.mlflow_tracker import MlflowTracker
-    from pipeline.runtime.upload import as_text, refuse_unsent
+    from pipeline.runtime.upload import Outcome, as_text, refuse_unsent
     from pipeline.runtime.upload import upload as send
 
-    checkpoints = upload_checkpoints(Path(".metaloom/checkpoints"))
-    outcomes = send(Path.cwd(), lambda: MlflowTracker(Path.cwd()))
+    outcomes, checkpoints, faults = list[Outcome](), list[str](), list[PipelineError]()
+    try:
+        outcomes = send(Path.cwd(), lambda: MlflowTracker(Path.cwd()))
+    except RegistryError as error:
+        faults.append(error)
+    try:  # whatever MLflow said: they have nothing to do with each other
+        checkpoints = upload_checkpoints(Path(".metaloom/checkpoints"))
+    except StorageError as error:
+        faults.append(error)
     told = {"runs": [vars(one) for one in outcomes], "checkpoints": checkpoints}
-    print(json.dumps(told, indent=2) if as_json else as_text(outcomes))
+    if as_json:
+        print(json.dumps(told, indent=2))
+    elif outcomes or not faults:
+        print(as_text(outcomes))
     for name in () if as_json else checkpoints:
         print(f"The newest checkpoint of {name} is in the object store.")
+    for fault in faults[1:]:
+        warn(str(fault))
+    if faults:
+        raise faults[0]
     refuse_unsent(outcomes)
 
 

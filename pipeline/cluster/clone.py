@@ -75,16 +75,25 @@ def resolve_commit(root: Path, name: str) -> str:
     return found.stdout.strip()
 
 
+def check_branch_name(root: Path, name: str) -> str:
+    """The same name, if git takes it for a branch.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    safe_name("branch", name)
+    if try_git(root, "check-ref-format", f"refs/heads/{name}").returncode != 0:
+        raise ConfigError(f"git takes no branch called {name!r}; `git help check-ref-format`.")
+    return name
+
+
 def check_branch(root: Path, name: str) -> str:
     """The same name, if a new branch can have it.
 
     Raises:
         ConfigError: git does not take such a name, or the branch exists.
     """
-    safe_name("branch", name)
-    if try_git(root, "check-ref-format", f"refs/heads/{name}").returncode != 0:
-        raise ConfigError(f"git takes no branch called {name!r}; `git help check-ref-format`.")
-    if branch_tip(root, name):
+    if branch_tip(root, check_branch_name(root, name)):
         raise ConfigError(f"{root} has a branch {name!r} already. Give another with --branch.")
     return name
 
@@ -155,6 +164,7 @@ def take_clone(
     Call it within `only_runner`.
 
     Raises:
+        ConfigError: there is such a branch already, and not by an earlier try of this run.
         MachineError: processes of a killed run still work in the clone, or it cannot be made.
     """
     for folder in sorted((root / RUNS).glob(f"{commit[:_SHORT]}-*"), reverse=True):
@@ -163,6 +173,8 @@ def take_clone(
             shutil.rmtree(folder)  # its making was interrupted
         elif not found.done and (found.arguments, found.kind) == (tuple(arguments), kind):
             _refuse_leftovers(found)
+            if branch not in (None, found.branch):
+                check_branch(root, branch)
             return found.mark(branch=branch or found.branch, attempt=found.attempt + 1)
     _tidy(root)
     return _new_clone(root, commit, branch, tuple(arguments), kind)
@@ -173,6 +185,7 @@ def _new_clone(
 ) -> Clone:
     now = time.strftime("%Y%m%d-%H%M%S")
     folder = root / RUNS / f"{commit[:_SHORT]}-{now}"
+    branch = check_branch(root, branch or f"runs/{now}-{commit[:7]}")
     git(root, "clone", "--quiet", "--no-hardlinks", "--no-checkout", "--", str(root), str(folder))
     git(folder, "checkout", "--quiet", "--detach", commit)
     if not (folder / ".dvc").is_dir():
@@ -180,7 +193,6 @@ def _new_clone(
     adopt_settings(root, folder)
     if (root / _ENGINE).is_file():  # what was found to be the fastest here is so for the clone
         write_json(folder / _ENGINE, read_json(root / _ENGINE))
-    branch = branch or check_branch(root, f"runs/{now}-{commit[:7]}")
     return Clone(folder, commit, branch, arguments, kind=kind).mark()
 
 

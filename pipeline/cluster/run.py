@@ -12,7 +12,7 @@ from pipeline.cluster import message
 from pipeline.cluster.clone import (
     JOURNAL,
     changed_files,
-    check_branch,
+    check_branch_name,
     check_remote,
     only_runner,
     resolve_commit,
@@ -149,7 +149,7 @@ def _top(root: Path) -> Path:
 def _check(root: Path, request: RunRequest, written: Sequence[str]) -> list[str]:
     """Refuse what cannot be used before anything is made; returns how the working tree differs."""
     if request.branch is not None:
-        check_branch(root, request.branch)
+        check_branch_name(root, request.branch)
     if request.remote is not None:
         check_remote(root, request.remote)
     for argument in request.arguments:

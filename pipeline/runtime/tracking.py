@@ -23,7 +23,7 @@ from typing import IO, Any, Protocol
 
 from pydantic import BaseModel
 
-from pipeline.core.errors import TrainingError
+from pipeline.core.errors import StoppedError, TrainingError
 from pipeline.runtime import lineage
 from pipeline.runtime.journal import Journal, Point, read_points
 from pipeline.runtime.kept import Kept, journal_folder, stamped
@@ -271,7 +271,7 @@ def stage_run(
         _refuse_changed_code(stage, code, lineage.code_hash(code_root))
         _refuse_changed_params(stage, params, lineage.file_hash(root / "params.yaml"))
     except BaseException as error:
-        interrupted = isinstance(error, KeyboardInterrupt)
+        interrupted = isinstance(error, (KeyboardInterrupt, StoppedError))
         run.finish(
             KILLED if interrupted else FAILED, {"error": f"{type(error).__name__}: {error}"[:1000]}
         )

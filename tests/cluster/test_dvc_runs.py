@@ -192,22 +192,23 @@ def test_a_folder_named_relative_to_the_original_is_a_remote_too(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [[], ["--branch", "runs/mine"]], ids=["own", "given"])
 def test_a_remote_that_was_gone_costs_another_try_and_no_computing(
-    tiny: Tiny, tmp_path: Path
+    name: list[str], tiny: Tiny, tmp_path: Path
 ) -> None:
     tiny.do("dvc", "remote", "add", "--default", "near", "../store")
     tiny.commit("remote")
-    first = tiny.result("--no-push")
+    first = tiny.result("--no-push", *name)
     assert (first["branch"], first["data_remote"]) == (None, None)
     mark = Path(first["clone"]) / ".metaloom/run.json"
     mark.write_text(json.dumps({**json.loads(mark.read_text()), "done": False}))
     (tmp_path / "store").write_text("not a folder")
-    refused = tiny.run()
+    refused = tiny.run(*name)
     assert refused.returncode == 1 and "Traceback" not in refused.stderr
     assert tiny.do("git", "branch", "--list", "runs/*") == ""
     (tmp_path / "store").unlink()
     for attempt_number in (3, 4):  # the last as after a kill between the push and the mark
-        again = tiny.result()
+        again = tiny.result(*name)
         assert (again["clone"], again["attempt"]) == (first["clone"], attempt_number)
         assert (again["recorded"], again["data_remote"]) == (first["recorded"], "near")
         assert tiny.do("git", "rev-parse", again["branch"]).strip() == first["recorded"]

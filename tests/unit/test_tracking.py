@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.core.config import Section
-from pipeline.core.errors import RegistryError, TrainingError
+from pipeline.core.errors import RegistryError, StoppedError, TrainingError
 from pipeline.core.files import new_folder
 from pipeline.runtime import lineage
+from pipeline.runtime.checkpoint import newest_step, save_checkpoint
 from pipeline.runtime.journal import FreshPoints, Journal, Point, read_points
 from pipeline.runtime.kept import Kept, journal_folder, kept_journals, stamped
 from pipeline.runtime.recorder import Patience, Recorder, record
@@ -36,6 +38,7 @@ from pipeline.runtime.tracking import (
     MemoryTracker,
     RunIds,
     RunStart,
+    StageRun,
     stage_run,
 )
 from pipeline.runtime.upload import refuse_unsent, upload
@@ -409,6 +412,47 @@ def test_an_upload_leaves_living_runs_alone_and_closes_killed_ones(tmp_path: Pat
     holder.close()
     assert [one.outcome for one in upload(tmp_path, lambda: tracker)] == ["sent"]
     assert tracker.finished["living"][0] == FINISHED
+
+
+@pytest.mark.parametrize("gone", ["MLflow", "store"])
+def test_one_that_is_gone_keeps_nothing_from_the_other(gone: str, tmp_path: Path) -> None:
+    """The object store gets the checkpoints, and MLflow the metrics."""
+    store = tmp_path / "store"
+    if gone == "store":
+        store.write_text("no folder")
+    else:
+        store.mkdir()
+    journal = keep_a_run(tmp_path, "r", count=3)
+    folder = tmp_path / ".metaloom" / "checkpoints" / "run"
+    save_checkpoint(folder, 7, {"weights": torch.zeros(2)}, {})
+    uri = "http://127.0.0.1:9" if gone == "MLflow" else f"sqlite:///{tmp_path / 'mlflow.db'}"
+    environment = {**os.environ, "METALOOM_STORAGE": store.as_uri(), "MLFLOW_TRACKING_URI": uri}
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", "upload"],
+        cwd=tmp_path,
+        env={**environment, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+    if gone == "MLflow":
+        assert done.returncode == 1 and "1 runs are still kept in" in done.stderr
+        assert newest_step(store / "checkpoints" / "run") == 7 and journal.exists()
+    else:
+        assert done.returncode == 74 and "takes no checkpoint" in done.stderr
+        assert "sent" in done.stdout and not kept_journals(tmp_path)
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt(), StoppedError("as asked"), ValueError("no")])
+def test_a_stop_as_asked_is_no_failure(
+    how: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = list[str]()
+    monkeypatch.setenv("METALOOM_TRACKING", "off")
+    monkeypatch.setattr(StageRun, "finish", lambda self, status, tags: told.append(status))
+    with pytest.raises(type(how)), stage_run("s", Config(), root=tmp_path):
+        raise how
+    assert told == [FAILED if isinstance(how, ValueError) else KILLED]
 
 
 def test_an_upload_without_a_server_keeps_everything(
