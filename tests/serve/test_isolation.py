@@ -8,6 +8,8 @@ import io
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +24,7 @@ from pipeline.backbones.table import BackboneSpec, build_model, init_params
 from pipeline.deploy.bundle import Bundle, load_bundle, make_bundle
 from pipeline.deploy.serve.desk import Desk, Job
 from pipeline.deploy.serve.messages import ModelRef
-from pipeline.deploy.serve.model import Ready, Version
+from pipeline.deploy.serve.model import Answers, Pictures, Ready, Version
 from pipeline.engine.learner import Learner, Preprocessing
 from tests.serve.asking import http, queries, support
 from tests.serve.service_process import ServiceProcess
@@ -37,15 +39,18 @@ CROWD = 16
 RATES = {"requests_per_second": 10_000.0, "burst": 100_000}
 
 
-def small_learner(algorithm: Algorithm) -> Learner:
-    spec = BackboneSpec(name="mlp", settings={"hidden": [WIDTH]}, image_shape=SHAPE)
+MLP = BackboneSpec(name="mlp", settings={"hidden": [WIDTH]}, image_shape=SHAPE)
+CONV4 = BackboneSpec(name="conv4", settings={"width": 16}, image_shape=(1, 28, 28))
+
+
+def small_learner(algorithm: Algorithm, spec: BackboneSpec = MLP) -> Learner:
     model = build_model(spec, algorithm.batch_norm)
     own = algorithm.init(model.feature_dim, torch.Generator().manual_seed(0))
     params = {**init_params(spec, 0), **own}
     if algorithm.batch_norm == "running":
-        noise = torch.randn(64, *SHAPE, generator=torch.Generator().manual_seed(1))
+        noise = torch.randn(64, *spec.image_shape, generator=torch.Generator().manual_seed(1))
         model = model.with_statistics(model.features(params, noise)[1])
-    preprocessing = Preprocessing(image_shape=SHAPE, mean=[0.5], std=[0.25])
+    preprocessing = Preprocessing(image_shape=spec.image_shape, mean=[0.5], std=[0.25])
     return Learner(algorithm, model, params, preprocessing, spec, {"stage": "test"})
 
 
@@ -170,3 +175,32 @@ def test_hundreds_of_adaptations_leave_the_weights_as_they_were(bundle: Bundle) 
     for one in learned:  # a learner that is written to would otherwise write into the model
         shared = [n for n, v in one.adapted.tensors.items() if v.data_ptr() in ours]
         assert not shared, shared
+
+
+@pytest.mark.parametrize("name", sorted(ALGORITHMS))
+def test_passes_side_by_side_give_the_bits_of_one_after_another(name: str, tmp_path: Path) -> None:
+    """A skeleton that two threads shared would hold the weights of the one in the other's pass."""
+    learner = save(tmp_path / "learner", small_learner(ALGORITHMS[name], CONV4))
+    bundle = make_bundle(tmp_path / "bundle", learner, NUMBERS, domain="toy", card="# A card\n")
+    version = Version(ModelRef(name="x", version=None, bundle=bundle.digest), bundle, 16)
+    pictures = np.random.default_rng(0).integers(0, 256, (60, 8, *CONV4.image_shape), np.uint8)
+
+    def learn_and_answer(own: Pictures, features: torch.Tensor | None) -> Answers:
+        first, last = (None, None) if features is None else (features[:6], features[6:])
+        ready = version.learn(own[:6], [0, 1, 2] * 2, 3, first)
+        return version.answer(ready, own[6:], last)
+
+    async def answers(desk: Desk) -> list[Answers]:
+        jobs = [Job(version, own, partial(learn_and_answer, own)) for own in pictures]
+        return await asyncio.gather(*map(desk.do, jobs))
+
+    found = []
+    for passes in (1, 2, 3):
+        desk = Desk(most_waiting=100, threads=1, passes=passes)
+        desk.start()
+        found.append(asyncio.run(answers(desk)))
+        desk.stop()
+    for one_by_one, *others in zip(*found, strict=True):
+        for one in others:
+            assert torch.equal(one.probabilities, one_by_one.probabilities)
+            assert torch.equal(one.similarity, one_by_one.similarity)

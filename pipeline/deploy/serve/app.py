@@ -86,7 +86,12 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     service = Service(
         settings=settings,
         fleet=fleet,
-        desk=Desk(settings.rates.waiting, settings.threads, on_pass=measures.rows.observe),
+        desk=Desk(
+            settings.rates.waiting,
+            settings.threads,
+            settings.passes,
+            on_pass=measures.rows.observe,
+        ),
         learners=Learners(engine),
         keys=Keys(engine),
         watch=watch,

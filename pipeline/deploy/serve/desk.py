@@ -1,10 +1,10 @@
-"""The one thread that runs the network: whatever waits while it is busy is embedded together."""
+"""The threads that run the network: whatever waits while they are busy is embedded together."""
 
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,37 +55,47 @@ class _Outcome:
 
 @dataclass
 class Desk:
-    """Takes jobs from the event loop; one thread works them off in order.
+    """Takes jobs from the event loop; its threads work them off, the oldest first.
 
     There is no waiting for company: a job that comes to an idle desk is done at once, and under
-    load the queue itself makes the batches.
+    load the queue itself makes the batches. What a job comes to does not depend on its thread.
     """
 
     most_waiting: int
     threads: int
+    """Of one pass"""
+    passes: int = 1
+    """Passes that run at once"""
     on_pass: Callable[[int], None] = lambda rows: None
     """Told how many pictures went through the network together."""
-    _queue: queue.SimpleQueue[_Ticket | None] = field(default_factory=queue.SimpleQueue)
-    _held: _Ticket | None = None
+    _line: deque[_Ticket] = field(default_factory=deque)
+    _changed: threading.Condition = field(default_factory=threading.Condition)
+    """Guards the line."""
     _ending: bool = False
-    _thread: threading.Thread | None = None
+    _workers: list[threading.Thread] = field(default_factory=list)
     _waiting: int = 0
 
     def start(self) -> None:
         """Begin to work."""
-        self._thread = threading.Thread(target=self._work, name="desk", daemon=True)
-        self._thread.start()
+        self._workers = [
+            threading.Thread(target=self._work, name=f"desk-{number}", daemon=True)
+            for number in range(self.passes)
+        ]
+        for worker in self._workers:
+            worker.start()
 
     def stop(self) -> None:
         """Finish what waits, then end."""
-        self._queue.put(None)
-        if self._thread is not None:
-            self._thread.join()
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        for worker in self._workers:
+            worker.join()
 
     @property
     def works(self) -> bool:
-        """Whether its thread is there, or has yet to be started."""
-        return self._thread is None or self._thread.is_alive()
+        """Whether its threads are all there, or have yet to be started."""
+        return all(worker.is_alive() for worker in self._workers)
 
     @property
     def waiting(self) -> int:
@@ -109,34 +119,36 @@ class Desk:
         ticket = _Ticket(job, loop, loop.create_future())
         self._waiting += 1
         try:
-            self._queue.put(ticket)
+            with self._changed:
+                self._line.append(ticket)
+                self._changed.notify()
             return await ticket.future
         finally:
             self._waiting -= 1
 
     def _work(self) -> None:
         torch.set_num_threads(self.threads)
-        while (first := self._next()) is not None:
-            self._do(self._company(first))
+        while together := self._next():
+            if wanted := [ticket for ticket in together if not ticket.future.cancelled()]:
+                self._do(wanted)
 
-    def _next(self) -> _Ticket | None:
-        held, self._held = self._held, None
-        return held if held or self._ending else self._queue.get()
+    def _next(self) -> list[_Ticket]:
+        """The oldest job, and those behind it that fill its passes; none that would begin one more.
 
-    def _company(self, first: _Ticket) -> list[_Ticket]:
-        """A job, and those behind it that fill its passes; none that would begin one more."""
-        version, together, rows = first.job.version, [first], len(first.job.pictures)
-        most = _PASSES_TOGETHER * version.rows_per_pass
-        while version.embeds_alone and rows < most and not self._queue.empty():
-            ticket = self._queue.get()
-            fits = ticket is not None and rows + len(ticket.job.pictures) <= most
-            if ticket is None or ticket.job.version is not version or not fits:
-                self._held = ticket
-                self._ending = ticket is None
-                break
-            if not ticket.future.cancelled():
-                together.append(ticket)
-                rows += len(ticket.job.pictures)
+        Empty at the end.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._line or self._ending)
+            if not self._line:
+                return []
+            together = [self._line.popleft()]
+            version, rows = together[0].job.version, len(together[0].job.pictures)
+            most = _PASSES_TOGETHER * version.rows_per_pass if version.embeds_alone else 0
+            while self._line and self._line[0].job.version is version:
+                rows += len(self._line[0].job.pictures)
+                if rows > most:
+                    break
+                together.append(self._line.popleft())
         return together
 
     def _do(self, together: list[_Ticket]) -> None:

@@ -5,8 +5,10 @@ S support examples, Q query examples, N ways, D features, P rows of a pass.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -53,11 +55,24 @@ class Version:
     ref: ModelRef
     bundle: Bundle
     rows_per_pass: int
+    _own: threading.local = field(
+        default_factory=threading.local, init=False, repr=False, compare=False
+    )
 
     @property
     def learner(self) -> Learner:
-        """The meta-trained learner."""
-        return self.bundle.learner
+        """The meta-trained learner, for this thread alone; the weights are those of all.
+
+        While a network runs, its skeleton holds the tensors of that call (torch's
+        `functional_call` puts them in and takes them out), so no two threads may share one. The
+        bundle's own is only copied from.
+        """
+        if not hasattr(self._own, "learner"):
+            shared = self.bundle.learner
+            model = replace(shared.model, skeleton=deepcopy(shared.model.skeleton))
+            self._own.learner = replace(shared, model=model)
+        learner: Learner = self._own.learner
+        return learner
 
     @property
     def embeds_alone(self) -> bool:

@@ -91,7 +91,10 @@ def bound_application(model: str, settings: ServeSettings, replicas: Replicas) -
     made = serve.deployment(
         ingress,
         name=NAME,
-        ray_actor_options={"num_cpus": settings.threads, "runtime_env": _environment()},
+        ray_actor_options={
+            "num_cpus": settings.threads * settings.passes,
+            "runtime_env": _environment(),
+        },
         autoscaling_config={
             "min_replicas": replicas.least,
             "initial_replicas": replicas.least,
