@@ -24,7 +24,7 @@ from pipeline.runtime.logs import say
 
 Role = Literal["champion", "challenger"]
 _ROLES: tuple[Role, ...] = ("champion", "challenger")
-_LAST, _LOCK = "last.json", ".lock"
+_LAST = "last.json"
 _KEPT_VERSIONS = 8
 
 
@@ -55,6 +55,7 @@ class Fleet:
     _stop: threading.Event = field(default_factory=threading.Event)
     _wake: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    """Of what is loaded; never held while something is loaded"""
 
     def start(self) -> None:
         """Serve what served last, if it is in the cache; then look who is champion, and follow."""
@@ -76,18 +77,20 @@ class Fleet:
         told = [f"version {one.version} may not serve: {one.why}" for one in self.refused.values()]
         return told + ([self.registry_problem] if self.registry_problem else [])
 
+    def loaded(self, ref: ModelRef) -> Version | None:
+        """A version that is here; whoever asks waits for nothing."""
+        with self._lock:
+            if ref.bundle in self._loaded:
+                self._loaded.move_to_end(ref.bundle)
+            return self._loaded.get(ref.bundle)
+
     def version(self, ref: ModelRef) -> Version:
-        """A version that a learner is pinned to, loaded if it has to be.
+        """A version that a learner is pinned to, loaded if it has to be: as long as that takes.
 
         Raises:
             PipelineError: it is neither here nor to be had.
         """
-        with self._lock:
-            known = self._loaded.get(ref.bundle)
-            if known is not None:
-                self._loaded.move_to_end(ref.bundle)
-                return known
-            return self._keep(self._load(ref))
+        return self.loaded(ref) or self._keep(self._load(ref))
 
     def withdraw(self, ref: ModelRef, why: str) -> None:
         """Serve by what was before, here at once; everywhere, as soon as the source is told."""
@@ -179,7 +182,7 @@ class Fleet:
     def _load(self, ref: ModelRef) -> Version:
         """From the cache, where it is whole; else from the source."""
         folder = self.cache / ref.bundle
-        with self._alone():
+        with self._alone(folder):
             try:
                 bundle = open_signed(folder, ref.bundle, self.signed_by)
             except PipelineError:
@@ -189,19 +192,21 @@ class Fleet:
         return version
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """In the cache, which replicas of one machine share."""
+    def _alone(self, folder: Path) -> Iterator[None]:
+        """In a folder of the cache, which replicas of one machine share."""
         self.cache.mkdir(parents=True, exist_ok=True)
-        with (self.cache / _LOCK).open("ab") as lock:
+        with folder.with_name(f".{folder.name}.lock").open("ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _keep(self, version: Version) -> Version:
-        self._loaded[version.ref.bundle] = version
-        in_use = {one.ref.bundle for one in self._serving.values()}
-        for name in [n for n in self._loaded if n not in in_use][: -_KEPT_VERSIONS or None]:
-            del self._loaded[name]
-        return version
+        """The one of this bundle: who loaded it at the same time has the same."""
+        with self._lock:
+            version = self._loaded.setdefault(version.ref.bundle, version)
+            in_use = {one.ref.bundle for one in list(self._serving.values())}
+            for name in [n for n in self._loaded if n not in in_use][: -_KEPT_VERSIONS or None]:
+                del self._loaded[name]
+            return version
 
     def _from_cache(self) -> None:
         self.cache.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from pipeline.deploy.serve.messages import (
     Episode,
     Input,
     LearnerTold,
+    ModelRef,
     NewLearner,
     Predictions,
     ReplicaTold,
@@ -43,6 +44,7 @@ from pipeline.deploy.serve.watch import BrokenModelError, Watch, require_probabi
 _By = Callable[[Version], Awaitable[tuple[Ready, Answers]]]
 """A request, answered by whatever version"""
 _DECODERS = 4
+_LOADERS = 2
 _FOUND_SECONDS = 5.0
 """Learners never change; one that another replica deletes is still known for so long."""
 
@@ -66,6 +68,12 @@ class Service:
         default_factory=lambda: ThreadPoolExecutor(_DECODERS, "decode")
     )
     """Threads of their own: costly pictures keep nobody's key from being looked up"""
+    _loaders: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(_LOADERS, "load")
+    )
+    """Likewise: a registry that hangs keeps only those waiting who need a version of it"""
+    _loading: dict[str, asyncio.Future[Version]] = field(default_factory=dict)
+    """By bundle: once for all who wait for it"""
     _shadow: float = 0.0
     """Of an answer in the shadow that is due"""
     _shadows: set[asyncio.Future[None]] = field(default_factory=set)
@@ -266,10 +274,18 @@ class Service:
         if against == "challenger" or policy == "follow":
             return self.version(against)
         try:
-            return await asyncio.to_thread(self.fleet.version, kept.model)
+            return self.fleet.loaded(kept.model) or await self._load(kept.model)
         except PipelineError as error:
             detail = f"{kept.id} is pinned to a version that is not to be had: {error}"
             raise Problem(503, detail, retry_after=5) from None
+
+    async def _load(self, ref: ModelRef) -> Version:
+        """For as long as the client waits; for the next ones it is loaded on."""
+        bundle, loop = ref.bundle, asyncio.get_running_loop()
+        if bundle not in self._loading:
+            self._loading[bundle] = loop.run_in_executor(self._loaders, self.fleet.version, ref)
+            self._loading[bundle].add_done_callback(lambda _: self._loading.pop(bundle))
+        return await asyncio.shield(self._loading[bundle])
 
     async def _ready_for(self, kept: Kept, version: Version) -> Ready:
         """Learned once for each version, however many ask at the same time."""
