@@ -76,7 +76,8 @@ class Desk:
     _waiting: int = 0
 
     def start(self) -> None:
-        """Begin to work."""
+        """Begin to work, or begin again."""
+        self._ending = False
         self._workers = [
             threading.Thread(target=self._work, name=f"desk-{number}", daemon=True)
             for number in range(self.passes)
