@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.core.errors import RegistryError
+from pipeline.core.errors import PipelineError, RegistryError
 from pipeline.deploy.registry import Registry
 from pipeline.deploy.versions import Version
 
@@ -16,8 +16,9 @@ def promote_by_hand(
 ) -> Version | None:
     """Make a version the champion on a person's word; returns the old champion.
 
-    The reason goes into the record of promotions, and on to the version if it was forced. The
-    record is written first: whoever is stopped in between has promoted, and the record says why.
+    The reason goes into the record of promotions, and on to the version if it was forced: first
+    there, for services follow the champion as soon as it is one, and refuse what is neither passed
+    nor forced. A promotion that is refused takes the mark away again.
 
     Raises:
         RegistryError: the gate did not pass this version, and it is not forced, or no reason is
@@ -26,9 +27,13 @@ def promote_by_hand(
     forced = overruling(version, force=force, reason=reason)
     if forced is None:
         return registry.promote(version, reason=(reason or "").strip() or "a person's choice")
-    old = registry.promote(version, reason=f"forced: {forced}")
-    registry.tag(version, {FORCED_TAG: forced})
-    return old
+    marked = registry.tag(version, {FORCED_TAG: forced})
+    try:
+        return registry.promote(marked, reason=f"forced: {forced}")
+    except PipelineError:
+        if FORCED_TAG not in version.tags and registry.standing().champion != version.number:
+            registry.untag(marked, FORCED_TAG)
+        raise
 
 
 def overruling(

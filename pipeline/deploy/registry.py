@@ -248,6 +248,13 @@ class Registry:
                 self._ask(partial(set_tag, self.name, number, key, value[:5000]))
         return self.version(version.number)
 
+    def untag(self, version: Version, key: str) -> None:
+        """Remove a tag of a version, if it had it when it was looked at."""
+        if key in version.tags:
+            remove = self._client.delete_model_version_tag
+            with explained(self.shown):
+                self._ask(partial(remove, self.name, str(version.number), key))
+
     def promote(
         self, version: Version, *, since: Standing | None = None, reason: str = "a person's choice"
     ) -> Version | None:

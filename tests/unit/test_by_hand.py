@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -104,8 +105,38 @@ def test_a_forced_promotion_is_recorded_and_marked(registry: Registry, number: i
     assert reasons(registry)[-1] == f"forced: {reason.strip()}"
 
 
+def test_a_forced_version_is_marked_before_it_is_champion(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or services that look in between would refuse it, and leave word of that."""
+    seen, change = list[str | None](), registry._champions.change
+
+    def watched(*arguments: Any, **more: Any) -> None:
+        seen.append(registry.version(REFUSED).tags.get(FORCED_TAG))
+        change(*arguments, **more)
+
+    monkeypatch.setattr(registry._champions, "change", watched)
+    promote_by_hand(registry, registry.version(REFUSED), force=True, reason="needed")
+    assert seen == ["needed"]
+
+
+def test_a_promotion_whose_answer_is_lost_keeps_its_mark(
+    registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = registry._champions.change
+
+    def lost(*arguments: Any, **more: Any) -> None:
+        change(*arguments, **more)
+        raise RegistryError("the registry does not answer.")
+
+    monkeypatch.setattr(registry._champions, "change", lost)
+    with pytest.raises(RegistryError, match="does not answer"):
+        promote_by_hand(registry, registry.version(REFUSED), force=True, reason="needed")
+    assert registry.aliases()[CHAMPION] == REFUSED
+    assert registry.version(REFUSED).tags[FORCED_TAG] == "needed"
+
+
 def test_forcing_twice_is_forcing_once(registry: Registry) -> None:
-    """As after a kill between the record and the tag."""
     for _ in range(2):
         promote_by_hand(registry, registry.version(REFUSED), force=True, reason="needed")
     assert len(reasons(registry)) == 2
