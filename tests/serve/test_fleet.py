@@ -95,14 +95,22 @@ def test_a_forced_promotion_is_followed(fleet: Fleet, filled: Path) -> None:
 def test_a_version_that_is_forced_after_it_was_refused_is_taken_on(
     fleet: Fleet, filled: Path
 ) -> None:
-    """`metaloom promote --force` moves the alias first, and then says why on the version."""
+    """By somebody who moves the alias first, and then says why on the version."""
     version, _ = register(filled, 21, tags={VERDICT_TAG: "challenger"})
     move_by_hand(filled, version.number)
-    fleet.look()
-    assert serving(fleet) == 1 and fleet.problems()
-    Registry(filled, NAME).tag(version, {FORCED_TAG: "a person's reason"})
-    fleet.look()
-    assert serving(fleet) == version.number and not fleet.problems()
+    registry = Registry(filled, NAME)
+    for _ in range(2):
+        move_by_hand(filled, version.number)
+        fleet.look()
+        assert serving(fleet) == 1 and fleet.problems()
+        assert REFUSED_TAG in registry.version(version.number).tags
+        registry.tag(version, {FORCED_TAG: "a person's reason"})
+        fleet.look()
+        assert serving(fleet) == version.number and not fleet.problems()
+        assert REFUSED_TAG not in registry.version(version.number).tags, "it serves"
+        registry.untag(registry.version(version.number), FORCED_TAG)  # and all of it once more
+        move_by_hand(filled, 1)
+        fleet.look()
 
 
 def test_a_registry_that_is_away_in_the_middle_is_asked_again(fleet: Fleet, filled: Path) -> None:
@@ -128,6 +136,29 @@ def test_the_challenger_need_not_have_passed_the_gate(fleet: Fleet, filled: Path
     move_by_hand(filled, 3, "challenger")
     fleet.look()
     assert (serving(fleet), serving(fleet, "challenger")) == (1, 3)
+
+
+def test_a_challenger_may_go_while_it_is_put_out(fleet: Fleet, filled: Path) -> None:
+    """A look, in its own thread, finds no challenger any more just as its budget is spent."""
+    move_by_hand(filled, 3, "challenger")
+    fleet.look()
+    challenger = fleet.serving("challenger")
+    assert challenger is not None
+
+    class Meanwhile(ModelRef):
+        """When it has been found to be the one that serves, the look comes."""
+
+        def __eq__(self, other: object) -> bool:
+            same = isinstance(other, ModelRef) and other.version == self.version
+            if same:
+                Registry(filled, NAME)._champions.drop("challenger")
+                fleet.look()
+            return same
+
+        __hash__ = None  # type: ignore[assignment]
+
+    fleet.withdraw(Meanwhile(**challenger.ref.model_dump()), "its error budget is spent")
+    assert fleet.serving("challenger") is None and serving(fleet) == 1
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "add", "remove"])

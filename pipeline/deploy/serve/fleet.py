@@ -23,7 +23,7 @@ from pipeline.deploy.signing import SignatureError, open_signed
 from pipeline.runtime.logs import say
 
 Role = Literal["champion", "challenger"]
-_ROLES: tuple[Role, ...] = ("champion", "challenger")
+ROLES: tuple[Role, ...] = ("champion", "challenger")
 _LAST = "last.json"
 _KEPT_VERSIONS = 8
 
@@ -74,7 +74,8 @@ class Fleet:
 
     def problems(self) -> list[str]:
         """What keeps a newer version out."""
-        told = [f"version {one.version} may not serve: {one.why}" for one in self.refused.values()]
+        refused = list(self.refused.values())
+        told = [f"version {one.version} may not serve: {one.why}" for one in refused]
         return told + ([self.registry_problem] if self.registry_problem else [])
 
     def loaded(self, ref: ModelRef) -> Version | None:
@@ -94,13 +95,14 @@ class Fleet:
 
     def withdraw(self, ref: ModelRef, why: str) -> None:
         """Serve by what was before, here at once; everywhere, as soon as the source is told."""
-        role = next((r for r in _ROLES if r in self._serving and self._serving[r].ref == ref), None)
+        serving = {role: self._serving.get(role) for role in ROLES}
+        role = next((r for r, one in serving.items() if one and one.ref == ref), None)
         if role is None:
             return
         self._unfit.add(ref.bundle)
         self._withdrawn[ref.bundle] = (role, ref, why)
         if role == "challenger":
-            del self._serving[role]
+            self._serving.pop(role, None)  # a look, in its own thread, may have been quicker
         elif self._before is not None:
             self._switch(role, self._before)
         self._wake.set()
@@ -114,7 +116,7 @@ class Fleet:
         except PipelineError as error:
             self._troubled(str(error).splitlines()[0])
             return
-        for role in _ROLES:
+        for role in ROLES:
             now = self._serving.get(role)
             if role not in found:
                 if role == "challenger":
@@ -149,6 +151,11 @@ class Fleet:
             self._before = None if now is None or now.ref.bundle in self._unfit else now
             write_json(self.cache / _LAST, version.ref.model_dump())
         self._switch(role, version)
+        if role == "champion":
+            try:
+                self.source.accept(version.ref)
+            except PipelineError as error:
+                self._troubled(str(error).splitlines()[0])
 
     def _switch(self, role: Role, version: Version) -> None:
         self._serving[role] = version

@@ -53,6 +53,9 @@ class Source(Protocol):
     def refuse(self, ref: ModelRef, why: str) -> None:
         """Leave word with the version that it may not serve."""
 
+    def accept(self, ref: ModelRef) -> None:
+        """Take back word that it may not serve, for it does."""
+
     def roll_back(self, ref: ModelRef, why: str) -> None:
         """Make the champion before this one serve again everywhere, if it is still champion."""
 
@@ -82,6 +85,9 @@ class FolderSource:
         return open_signed(self.folder, ref.bundle or None, signed_by)
 
     def refuse(self, ref: ModelRef, why: str) -> None:
+        """There is nobody to tell."""
+
+    def accept(self, ref: ModelRef) -> None:
         """There is nobody to tell."""
 
     def roll_back(self, ref: ModelRef, why: str) -> None:
@@ -154,6 +160,14 @@ class RegistrySource:
         registry = self._registry()
         registry.tag(registry.version(ref.version), {REFUSED_TAG: why})
         self._told[ref.version] = why
+
+    def accept(self, ref: ModelRef) -> None:
+        """Remove that tag, where there is one."""
+        if ref.version is None:
+            return
+        self._told.pop(ref.version, None)
+        registry = self._registry()
+        registry.untag(registry.version(ref.version), REFUSED_TAG)
 
     def roll_back(self, ref: ModelRef, why: str) -> None:
         """By a record of promotions; another replica, or a person, may have been quicker."""
