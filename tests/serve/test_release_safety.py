@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,16 @@ def test_a_rollback_by_command_is_followed_by_every_replica_within_two_looks(
     replicas = [start(), start()]
     assert [serves(one) for one in replicas] == [2, 2]
     registry.rollback()
-    begin = time.monotonic()
-    for replica in replicas:
-        wait_until(lambda one=replica: serves(one) == 1)
-    looks = (time.monotonic() - begin) / POLL_SECONDS
-    print(f"looks until every replica had followed: {looks:.1f}")
+    for replica, before in [(one, looks(one)) for one in replicas]:
+        wait_until(lambda one=replica, two=before + 2: looks(one) >= two)
+        assert serves(replica) == 1
+
+
+def looks(service: ServiceProcess) -> int:
+    """That this replica has taken; one more may be on its way."""
+    told = re.search(r"^metaloom_looks_total (\S+)$", metrics(service), re.MULTILINE)
+    assert told is not None
+    return int(float(told[1]))
 
 
 def test_a_canary_answers_its_share_and_costs_nobody_an_answer(root: Path, start: Start) -> None:
@@ -160,10 +165,13 @@ def test_a_canary_answers_its_share_and_costs_nobody_an_answer(root: Path, start
         assert first == [3 if is_canary(name, 0.5) else 1 for name in names]
         assert {1, 3} == set(first) and first == [version(name, asked) for name in names]
         assert version(names[0], {**asked, "against": "challenger"}) == 3
+        assert 'metaloom_serving{role="challenger",version="3"} 1.0' in metrics(service)
         canary = names[first.index(3)]
         for _ in range(4):
             assert version(canary, {"queries": WHITE}) == 1
         assert version(canary, asked) == 1, "the challenger is out"
+        assert 'metaloom_serving{role="champion",version="1"} 1.0' in metrics(service)
+        assert 'metaloom_serving{role="challenger"' not in metrics(service)
     wait_until(lambda: REFUSED_TAG in Registry(root, NAME).version(3).tags)
     wait_until(lambda: status(service, root)["replicas"][0]["refused"])
     found = status(service, root)

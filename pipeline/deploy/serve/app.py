@@ -20,7 +20,7 @@ from pipeline.deploy.serve import problems
 from pipeline.deploy.serve.desk import Desk
 from pipeline.deploy.serve.drift import LOOKS_PER_WRITE, WRITE_SECONDS, Traffic
 from pipeline.deploy.serve.export import archive, media_type
-from pipeline.deploy.serve.fleet import Fleet
+from pipeline.deploy.serve.fleet import ROLES, Fleet
 from pipeline.deploy.serve.forms import read
 from pipeline.deploy.serve.guard import Asgi, Guard
 from pipeline.deploy.serve.keys import Caller, Keys
@@ -103,6 +103,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
         replicas.report(service.report())
         traffic.write()
 
+        measures.looks.inc()
     fleet.on_look = looked
 
     def switched(role: str, version: Version) -> None:
@@ -315,6 +316,7 @@ def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
 def _add_page(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
 
+        measures.serves({role: service.fleet.serving(role) for role in ROLES})
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,9 @@ class Measures:
             ["version", "outcome"],
             **own,
         )
+        self.looks = Counter(
+            "metaloom_looks_total", "Looks at what is to serve, well or in vain.", **own
+        )
         self.switches = Counter("metaloom_switches_total", "Versions taken on.", ["role"], **own)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
@@ -61,13 +65,16 @@ class Measures:
         """What a version did with a request."""
         self.judged_answers.labels(str(ref.version), outcome).inc()
 
+    def serves(self, versions: Mapping[str, Version | None]) -> None:
+        """What serves now, by role; what does not is not told of."""
+        self.serving.clear()
+        for role, version in versions.items():
+            if version is not None:
+                self.serving.labels(role, str(version.ref.version)).set(1)
+
     def switched(self, role: str, version: Version) -> None:
         """Another version serves."""
         self.switches.labels(role).inc()
-        for labels in [s.labels for m in self.serving.collect() for s in m.samples]:
-            if labels["role"] == role:
-                self.serving.remove(role, labels["version"])
-        self.serving.labels(role, str(version.ref.version)).set(1)
         if role == "champion":
             self.accuracy.clear()
             for setting, numbers in version.bundle.evaluation.items():
