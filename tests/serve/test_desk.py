@@ -90,6 +90,59 @@ def test_what_fails_is_told_to_whom_it_concerns() -> None:
     assert all(isinstance(one, ZeroDivisionError) for one in asyncio.run(all_done(desk, told)))
 
 
+def test_what_fails_beside_the_network_costs_no_thread_and_leaves_nobody_waiting() -> None:
+    def broken(rows: int) -> None:
+        raise ZeroDivisionError
+
+    class Odd:
+        rows_per_pass = ROWS
+
+        @property
+        def embeds_alone(self) -> bool:
+            raise ArithmeticError
+
+    async def run() -> None:
+        desk = Desk(99, 1, on_pass=broken)
+        desk.start()
+        for one, kind in (
+            (job(version(), 0, 1), ZeroDivisionError),
+            (job(Odd(), 0, 1), ArithmeticError),
+        ):
+            with pytest.raises(kind):
+                await asyncio.wait_for(desk.do(one), PATIENCE_SECONDS)
+        assert desk.works and desk.trouble is None and desk.waiting == 0
+        await asyncio.to_thread(desk.stop)
+        assert desk.trouble == "a thread that runs the network has ended"
+
+    asyncio.run(run())
+
+
+def test_a_thread_that_is_at_work_for_too_long_is_told_of() -> None:
+    begun, let_go, slow = threading.Event(), threading.Event(), version(embeds_alone=False)
+
+    def hang(features: Any) -> None:
+        begun.set()
+        let_go.wait()
+
+    async def run() -> None:
+        desk = Desk(99, 1, 2, most_seconds=0.0)  # any time is too long
+        desk.start()
+        assert desk.trouble is None, "who waits for work does not hang"
+        hung = asyncio.ensure_future(desk.do(job(slow, 0, 1, hang)))
+        await asyncio.to_thread(begun.wait)
+        told = desk.trouble
+        assert told is not None and "at work on the same pictures" in told and desk.works
+        desk.most_seconds = 1e9
+        assert desk.trouble is None, "it may take that long"
+        desk.most_seconds = 0.0
+        let_go.set()
+        await hung
+        await asyncio.to_thread(desk.stop)
+        assert not desk._begun
+
+    asyncio.run(run())
+
+
 def test_more_than_may_wait_are_turned_away_and_those_that_leave_cost_nothing() -> None:
     async def run() -> tuple[int, list[int]]:
         told = list[int]()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from pipeline.deploy.bundle import Bundle
 from pipeline.deploy.serve.app import build_app
@@ -18,6 +19,8 @@ from pipeline.deploy.serve.fleet import Fleet
 from pipeline.deploy.serve.keys import Caller, Keys
 from pipeline.deploy.serve.learners import Learners, open_database
 from pipeline.deploy.serve.messages import Input, ModelRef, NewLearner, Predictions
+from pipeline.deploy.serve.model import Version
+from pipeline.deploy.serve.ray_serve import Health
 from pipeline.deploy.serve.service import Service
 from pipeline.deploy.serve.settings import ServeSettings
 from pipeline.deploy.serve.sources import FolderSource, Source
@@ -146,3 +149,45 @@ def test_a_registry_that_hangs_holds_up_those_alone_who_need_it(tmp_path: Path) 
         with_app(source, tmp_path, ask, rates={"answer_seconds": 8.0})
     finally:
         source.let_go.set()
+
+
+def test_a_network_that_hangs_is_told_to_whoever_replaces_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_go, embed = threading.Event(), Version.embed
+
+    def hang(version: Version, *arguments: Any) -> Any:
+        let_go.wait()
+        return embed(version, *arguments)
+
+    async def ask(service: Service, web: httpx.AsyncClient) -> None:
+        replica = Health()
+        replica.desk = service.desk
+
+        async def states() -> list[int]:
+            return [(await web.get(path)).status_code for path in ("/healthz", "/readyz")]
+
+        async def become(wanted: list[int]) -> None:
+            while await states() != wanted:
+                await asyncio.sleep(0.01)
+
+        assert await states() == [200, 200]
+        replica.check_health()
+        monkeypatch.setattr(Version, "embed", hang)
+        body = {"support": support(), "queries": queries()}
+        told = await web.post("/v1/predict", json=body, headers=new_key(service))
+        assert told.status_code == 503
+        await become([503, 503])
+        ready = (await web.get("/readyz")).json()
+        assert ready["status"] == "stuck" and "at work on the same pictures" in ready["problems"][0]
+        assert (await web.get("/healthz")).json() == {"status": ready["problems"][0]}
+        with pytest.raises(RuntimeError, match="at work on the same pictures"):
+            replica.check_health()
+        let_go.set()
+        await become([200, 200])
+
+    try:
+        source = FolderSource(tiny_bundle(tmp_path).folder)
+        with_app(source, tmp_path, ask, rates={"answer_seconds": 0.25})
+    finally:
+        let_go.set()

@@ -51,6 +51,8 @@ from pipeline.deploy.serve.watch import Watch
 from pipeline.deploy.signing import read_public_key
 
 _PROBLEM_TEXTS = ("type", "title", "detail", "instance", "request_id")
+HUNG = 4
+"""Times as long as a client waits: work that takes longer is taken for hung"""
 PAGE = Path(__file__).parent / "page"
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {
@@ -90,6 +92,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
             settings.rates.waiting,
             settings.threads,
             settings.passes,
+            most_seconds=HUNG * settings.rates.answer_seconds,
             on_pass=measures.rows.observe,
         ),
         learners=Learners(engine),
@@ -100,10 +103,10 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     )
 
     def looked() -> None:
+        measures.looks.inc()
         replicas.report(service.report())
         traffic.write()
 
-        measures.looks.inc()
     fleet.on_look = looked
 
     def switched(role: str, version: Version) -> None:
@@ -290,25 +293,30 @@ def _add_model(app: FastAPI, service: Service) -> None:
 
 
 def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
-    @app.get("/healthz", tags=["health"])
-    async def lives() -> Health:
-        """The process lives."""
-        return Health()
+    @app.get("/healthz", tags=["health"], responses={503: {"model": Health}})
+    async def lives(response: Response) -> Health:
+        """The process lives; 503 where only a new one would mend it."""
+        trouble = service.desk.trouble
+        response.status_code = 503 if trouble else 200
+        return Health(status=trouble or "ok")
 
     @app.get("/readyz", tags=["health"], responses={503: {"model": Readiness}})
     async def is_ready(response: Response) -> Readiness:
         """Requests are answered, by this version; what keeps a newer one out."""
-        version = service.fleet.serving()
-        response.status_code = 200 if version and not service.draining else 503
-        status = "draining" if service.draining else "ready" if version else "loading"
+        version, trouble = service.fleet.serving(), service.desk.trouble
+        status = "ready" if version else "loading"
+        status = "draining" if service.draining else "stuck" if trouble else status
+        response.status_code = 200 if status == "ready" else 503
         ref = version.ref if version else None
-        return Readiness(status=status, model=ref, problems=service.fleet.problems())  # type: ignore[arg-type]
+        problems = [trouble] if trouble else []
+        return Readiness(status=status, model=ref, problems=problems + service.fleet.problems())  # type: ignore[arg-type]
 
     @app.get("/metrics", tags=["health"], response_class=Response)
     async def metrics() -> Response:
         """For Prometheus."""
         measures.waiting.set(service.desk.waiting)
         measures.ready.set(service.fleet.serving() is not None)
+        measures.serves({role: service.fleet.serving(role) for role in ROLES})
         measures.refused.set(len(service.fleet.refused))
         return Response(measures.text(), media_type="text/plain; version=0.0.4")
 
@@ -316,7 +324,6 @@ def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:
 def _add_page(app: FastAPI) -> None:
     app.mount("/static", StaticFiles(directory=PAGE), name="static")
 
-        measures.serves({role: service.fleet.serving(role) for role in ROLES})
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,8 @@ class Job:
 @dataclass(frozen=True)
 class _Ticket:
     job: Job
+    most: int
+    """Pictures that may go through the network with it; 0: the version embeds none alone"""
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[Any]
 
@@ -66,6 +70,8 @@ class Desk:
     """Of one pass"""
     passes: int = 1
     """Passes that run at once"""
+    most_seconds: float = math.inf
+    """That a thread works before it is taken for hung"""
     on_pass: Callable[[int], None] = lambda rows: None
     """Told how many pictures went through the network together."""
     _line: deque[_Ticket] = field(default_factory=deque)
@@ -74,6 +80,8 @@ class Desk:
     _ending: bool = False
     _workers: list[threading.Thread] = field(default_factory=list)
     _waiting: int = 0
+    _begun: dict[str, float] = field(default_factory=dict)
+    """When each thread that is at work began"""
 
     def start(self) -> None:
         """Begin to work, or begin again."""
@@ -99,6 +107,16 @@ class Desk:
         return all(worker.is_alive() for worker in self._workers)
 
     @property
+    def trouble(self) -> str | None:
+        """Why answers do not come as they should, and will not before the process is replaced."""
+        if not self.works:
+            return "a thread that runs the network has ended"
+        seconds = time.monotonic() - min(list(self._begun.values()), default=math.inf)
+        if seconds > self.most_seconds:
+            return f"the network has been at work on the same pictures for {seconds:.0f} s"
+        return None
+
+    @property
     def waiting(self) -> int:
         """Jobs that wait or are being done."""
         return self._waiting
@@ -116,8 +134,9 @@ class Desk:
             Problem: 503, too many jobs wait.
         """
         self.check_room()
-        loop = asyncio.get_running_loop()
-        ticket = _Ticket(job, loop, loop.create_future())
+        loop, version = asyncio.get_running_loop(), job.version
+        most = _PASSES_TOGETHER * version.rows_per_pass if version.embeds_alone else 0
+        ticket = _Ticket(job, most, loop, loop.create_future())
         self._waiting += 1
         try:
             with self._changed:
@@ -129,9 +148,12 @@ class Desk:
 
     def _work(self) -> None:
         torch.set_num_threads(self.threads)
+        name = threading.current_thread().name
         while together := self._next():
             if wanted := [ticket for ticket in together if not ticket.future.cancelled()]:
+                self._begun[name] = time.monotonic()
                 self._do(wanted)
+                del self._begun[name]
 
     def _next(self) -> list[_Ticket]:
         """The oldest job, and those behind it that fill its passes; none that would begin one more.
@@ -144,10 +166,9 @@ class Desk:
                 return []
             together = [self._line.popleft()]
             version, rows = together[0].job.version, len(together[0].job.pictures)
-            most = _PASSES_TOGETHER * version.rows_per_pass if version.embeds_alone else 0
             while self._line and self._line[0].job.version is version:
                 rows += len(self._line[0].job.pictures)
-                if rows > most:
+                if rows > together[0].most:
                     break
                 together.append(self._line.popleft())
         return together
@@ -164,17 +185,16 @@ class Desk:
         together[0].loop.call_soon_threadsafe(settle)
 
     def _outcomes(self, together: list[_Ticket]) -> list[_Outcome]:
-        version = together[0].job.version
         sizes = [len(ticket.job.pictures) for ticket in together]
-        self.on_pass(sum(sizes))
         features: Sequence[Tensor | None] = [None] * len(together)
-        if version.embeds_alone:
-            try:
+        try:
+            self.on_pass(sum(sizes))
+            if together[0].most:
+                every = np.concatenate([one.job.pictures for one in together])
                 with torch.no_grad():
-                    every = version.embed(np.concatenate([one.job.pictures for one in together]))
-                features = torch.split(every, sizes)
-            except Exception as error:  # the clients are told; the desk goes on
-                return [_Outcome(ticket.future, error=error) for ticket in together]
+                    features = torch.split(together[0].job.version.embed(every), sizes)
+        except Exception as error:  # the clients are told; the desk goes on
+            return [_Outcome(ticket.future, error=error) for ticket in together]
         return [_finished(ticket, own) for ticket, own in zip(together, features, strict=True)]
 
 

@@ -230,12 +230,13 @@ class ModelTold(_Message):
 class Health(_Message):
     """Whether the process lives."""
 
-    status: Literal["ok"] = "ok"
+    status: str = "ok"
+    """Or what is wrong"""
 
 
 class Readiness(_Message):
     """Whether requests are answered, by what, and what keeps a newer version out."""
 
-    status: Literal["ready", "loading", "draining"]
+    status: Literal["ready", "loading", "draining", "stuck"]
     model: ModelRef | None
     problems: list[str]

@@ -152,6 +152,6 @@ class Health:
     desk: Any = None
 
     def check_health(self) -> None:
-        """Raises RuntimeError where the thread that runs the network has ended."""
-        if not self.desk.works:
-            raise RuntimeError("the thread that runs the network has ended")
+        """Raises RuntimeError where a thread that runs the network has ended, or hangs."""
+        if (trouble := self.desk.trouble) is not None:
+            raise RuntimeError(trouble)
