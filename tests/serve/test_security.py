@@ -35,7 +35,7 @@ from tests.serve.asking import (
     support,
     vectors,
 )
-from tests.serve.service_process import ServiceProcess
+from tests.serve.service_process import ServiceProcess, wait_until
 from tests.unit.tiny_learner import tiny_bundle
 
 BODY_BYTES = 200_000
@@ -91,7 +91,7 @@ def ask(web: httpx.Client, method: str, path: str, learner: str) -> httpx.Respon
         ("POST", "/v1/learners/{id}/predict"): {"queries": queries()},
         ("POST", "/v1/predict"): {"support": support(), "queries": queries()},
     }
-    target = path.replace("{id}", learner).replace("{number}", "0")
+    target = path.replace("{id}", learner).replace("{number}", "0").replace("{key}", "0" * 12)
     return web.request(method, target, json=bodies.get((method, path)))
 
 
@@ -164,11 +164,26 @@ def test_a_key_does_what_its_scopes_say(scope: str, service: ServiceProcess, lea
         for method, path in routes(service):
             makes = method == "DELETE" or path in ("/v1/learners", "/v1/learners/{id}/examples")
             needs = "write" if makes and method != "GET" else "read"
+            needs = "admin" if path.startswith("/v1/keys") else needs
             answer = ask(web, method, path, LEARNER if method == "DELETE" else learner)
             if needs == scope:
                 assert answer.status_code in (200, 201, 404), (method, path, answer.text)
             else:
                 assert f"may not {needs}" in is_problem(answer, 403), (method, path)
+
+
+def test_an_admin_sees_all_keys_and_takes_them_back(service: ServiceProcess) -> None:
+    lost = service.key(owner="careless", scopes=["read"])
+    name, secret = lost.split("_", 2)[1:]
+    with http(service, service.key(scopes=["admin"])) as web, http(service, lost) as finder:
+        assert finder.get("/v1/model").status_code == 200
+        keys = web.get("/v1/keys")
+        (told,) = [one for one in keys.json() if one["id"] == name]
+        assert (told["owner"], told["scopes"], told["revoked"]) == ("careless", "read", None)
+        assert secret not in keys.text and _hash_in(service, name) not in keys.text
+        assert web.delete(f"/v1/keys/{name}").status_code == 204
+        wait_until(lambda: finder.get("/v1/model").status_code == 401)
+        assert "there is no key" in is_problem(web.delete(f"/v1/keys/{'0' * 12}"), 404)
 
 
 def test_a_refused_body_is_not_read(service: ServiceProcess) -> None:

@@ -15,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.responses import Response
 
 from pipeline import __version__
-from pipeline.core.errors import MachineError
+from pipeline.core.errors import ConfigError, MachineError
 from pipeline.deploy.serve import problems
 from pipeline.deploy.serve.desk import Desk
 from pipeline.deploy.serve.drift import LOOKS_PER_WRITE, WRITE_SECONDS, Traffic
@@ -23,12 +23,13 @@ from pipeline.deploy.serve.export import archive, media_type
 from pipeline.deploy.serve.fleet import ROLES, Fleet
 from pipeline.deploy.serve.forms import read
 from pipeline.deploy.serve.guard import Asgi, Guard
-from pipeline.deploy.serve.keys import Caller, Keys
+from pipeline.deploy.serve.keys import Caller, Keys, KeyTold
 from pipeline.deploy.serve.learners import Learners, open_database
 from pipeline.deploy.serve.measures import Measures
 from pipeline.deploy.serve.messages import (
     Episode,
     Health,
+    KeyId,
     LearnerId,
     LearnerTold,
     Listed,
@@ -143,6 +144,7 @@ def build_app(source: Source, settings: ServeSettings) -> tuple[Asgi, Service]:
     problems.install(app)
     _add_learners(app, service)
     _add_model(app, service)
+    _add_keys(app, service)
     _add_health(app, service, measures)
     _add_page(app)
     _describe_problems(app)
@@ -171,6 +173,7 @@ def _caller(scope: str) -> Callable[[Request], Awaitable[Caller]]:
 
 _Reader = Annotated[Caller, Depends(_caller("read"))]
 _Writer = Annotated[Caller, Depends(_caller("write"))]
+_Admin = Annotated[Caller, Depends(_caller("admin"))]
 
 
 def _body(*kinds: type[Any]) -> dict[str, Any]:
@@ -290,6 +293,23 @@ def _add_model(app: FastAPI, service: Service) -> None:
             limits={name: getattr(service.settings.limits, name) for name in names},
             refused=list(service.fleet.refused.values()),
         )
+
+
+def _add_keys(app: FastAPI, service: Service) -> None:
+    common: dict[str, Any] = {"responses": _PROBLEMS, "tags": ["keys"]}
+
+    @app.get("/v1/keys", **common)
+    async def list_keys(caller: _Admin) -> list[KeyTold]:
+        """The keys of all owners, without their secrets."""
+        return await asyncio.to_thread(service.keys.all)
+
+    @app.delete("/v1/keys/{key}", status_code=204, **common)
+    async def revoke_a_key(key: KeyId, caller: _Admin) -> None:
+        """Take a key back: within five seconds it is refused in every replica."""
+        try:
+            await asyncio.to_thread(service.keys.revoke, key)
+        except ConfigError as error:
+            raise Problem(404, str(error)) from None
 
 
 def _add_health(app: FastAPI, service: Service, measures: Measures) -> None:

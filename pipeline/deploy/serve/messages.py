@@ -24,6 +24,7 @@ Label = (
 LearnerName = Annotated[str, Field(min_length=1, max_length=200, pattern=r"^[^\u0000]+$")]
 """No NUL: PostgreSQL keeps none."""
 LearnerId = Annotated[str, Field(pattern=r"^lrn_[0-9a-f]{32}$")]
+KeyId = Annotated[str, Field(pattern=r"^[0-9a-f]{12}$")]
 DOT = (
     "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAAAAADhZOFXAAAAFElEQVR42mNgwAv+/2dgYGBiIAwAUT8CAbdEfvsAAAAASU"
     "VORK5CYII="
