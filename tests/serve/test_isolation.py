@@ -15,9 +15,10 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
-from pipeline.algorithms.base import Algorithm
+from pipeline.algorithms.base import Adapted, Algorithm
 from pipeline.algorithms.maml import MAML
 from pipeline.algorithms.protonet import ProtoNet
 from pipeline.backbones.table import BackboneSpec, build_model, init_params
@@ -28,7 +29,7 @@ from pipeline.deploy.serve.model import Answers, Pictures, Ready, Version
 from pipeline.engine.learner import Learner, Preprocessing
 from tests.serve.asking import http, queries, support
 from tests.serve.service_process import ServiceProcess
-from tests.unit.tiny_learner import NUMBERS, SHAPE, save
+from tests.unit.tiny_learner import NUMBERS, SHAPE, picture, save
 
 ALGORITHMS: dict[str, Algorithm] = {
     "protonet": ProtoNet(),
@@ -137,6 +138,23 @@ def _tensors(web: httpx.Client, one: dict[str, Any]) -> bytes:
     name = web.post("/v1/learners", json={"support": one["support"]}).json()["id"]
     with zipfile.ZipFile(io.BytesIO(web.get(f"/v1/learners/{name}/export").content)) as packed:
         return packed.read("tensors.safetensors")
+
+
+def test_an_exported_learner_answers_as_it_does_here(web: httpx.Client, bundle: Bundle) -> None:
+    """By its tensors and the model alone."""
+    one = {"support": support(ways=3, seed=1), "queries": queries(5, seed=4000)}
+    answer = web.post("/v1/predict", json=one).json()["predictions"]
+    tensors = safetensors.torch.load(_tensors(web, one))
+
+    def below(prefix: str) -> dict[str, torch.Tensor]:
+        return {n.removeprefix(prefix): v for n, v in tensors.items() if n.startswith(prefix)}
+
+    adapted = Adapted(below("adapted/"), below("statistics/") or bundle.learner.model.statistics)
+    pictures = np.stack([picture(4000 + i)[None] for i in range(5)])
+    logits = bundle.learner.logits(adapted, pictures)
+    for told, expected in zip(answer, (logits / bundle.temperature).softmax(dim=-1), strict=True):
+        found = {p["label"]: p["probability"] for p in told["probabilities"]}
+        assert [found[f"class {i}"] for i in range(3)] == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 def digest(learner: Learner) -> str:

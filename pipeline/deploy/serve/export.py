@@ -29,10 +29,13 @@ def media_type(item: Item) -> str:
 def archive(kept: Kept, ready: Ready, items: Sequence[Item]) -> bytes:
     """The zip's bytes; the same learner under the same version gives the same ones.
 
-    `tensors.safetensors` holds what the algorithm keeps of the support set (`adapted/...`) and the
-    features of the examples (`support`, of unit length).
+    `tensors.safetensors` holds what the algorithm keeps of the support set (`adapted/...`), the
+    batch-norm statistics for its queries where it keeps any (`statistics/...`), and the features of
+    the examples (`support`, of unit length).
     """
-    tensors = {f"adapted/{name}": value for name, value in ready.adapted.tensors.items()}
+    adapted = ready.adapted
+    tensors = {f"adapted/{name}": value for name, value in adapted.tensors.items()}
+    tensors |= {f"statistics/{name}": value for name, value in (adapted.statistics or {}).items()}
     tensors["support"] = ready.support
     files = {
         "learner.json": told(kept).model_dump_json(indent=2).encode(),
