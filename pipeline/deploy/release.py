@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.deploy.lineage import PARENT_RUN_TAG, TRAINING_RUN_TAG, source_tag
 from pipeline.deploy.patience import UnansweredError
 from pipeline.deploy.promotions import NOBODY, LostRaceError, Standing
 from pipeline.deploy.registry import Registry
+from pipeline.deploy.rule import Rule
 from pipeline.deploy.signing import signing_key
 from pipeline.deploy.smoke import SmokeConfig, SmokeResult, Trial, make_trial, smoke_test
 from pipeline.deploy.versions import PASSED, SMOKE_TAG, Version
@@ -157,7 +159,9 @@ def deploy(
         since = registry.standing()
         decision = _judge(config, candidate, registry, version, since)
         smoke = _try(config, registry, version, trial)
-    registry.tag(version, _decision_tags(decision, smoke))
+    # What the gate said when it made this version the champion stays as it was said.
+    stays = since.champion == version.number and VERDICT_TAG in version.tags
+    registry.tag(version, _smoke_tag(smoke) if stays else _decision_tags(decision, smoke))
     if smoke.passed:
         _move_aliases(registry, registry.version(version.number), decision, since)
     return {
@@ -231,8 +235,7 @@ def _judge(
     champion = None if since.champion == NOBODY else registry.version(since.champion)
     bundle, gate = candidate.bundle, config.gate
     if champion is not None and champion.number == version.number:
-        reason = "This version is the champion already."
-        return Decision("champion", True, reason, ())
+        return _judged_before(version)
     if ROLLED_BACK_TAG in version.tags:
         reason = (
             f"A person rolled this version back at {version.tags[ROLLED_BACK_TAG]}; only a person "
@@ -257,6 +260,19 @@ def _judge(
         champion_digest=digest,
         champion_problem=problem,
     )
+
+
+def _judged_before(champion: Version) -> Decision:
+    """What the gate said of the champion; without its record (cut, by hand) that it is champion.
+
+    Judged anew it would meet itself. Whoever was killed behind the promotion asks for this.
+    """
+    tags = champion.tags
+    if tags.get(VERDICT_TAG) == "champion":
+        with suppress(ValueError, TypeError):
+            rules = tuple(Rule(**rule) for rule in json.loads(tags.get(_RULES_TAG, "")))
+            return Decision("champion", True, tags.get(VERDICT_REASON_TAG, ""), rules)
+    return Decision("champion", True, "This version is the champion already.", ())
 
 
 def _answers_of_champion(
@@ -349,8 +365,12 @@ def _decision_tags(decision: Decision, smoke: SmokeResult) -> dict[str, str]:
         VERDICT_TAG: decision.verdict,
         VERDICT_REASON_TAG: decision.reason,
         _RULES_TAG: json.dumps(record["rules"]),
-        SMOKE_TAG: PASSED if smoke.passed else f"failed: {smoke.reason}"[:1000],
+        **_smoke_tag(smoke),
     }
+
+
+def _smoke_tag(smoke: SmokeResult) -> dict[str, str]:
+    return {SMOKE_TAG: PASSED if smoke.passed else f"failed: {smoke.reason}"[:1000]}
 
 
 def _lineage(registry: Registry, root: Path, learner: Path, candidate: Candidate) -> dict[str, str]:

@@ -193,6 +193,43 @@ def test_lineage_goes_both_ways(
         command("lineage", "0000000", capsys=capsys)
 
 
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+def test_a_release_killed_behind_its_promotion_keeps_what_the_gate_said(
+    cut: bool,
+    first: dict[str, Any],
+    project: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Released again, it is the champion and no rival of itself; a cut record is not made up."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    promote = Registry.promote
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        promote(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Registry, "promote", killed)
+        run_deploy(project)
+    registry = Registry(project, MODEL)
+    assert registry.aliases() == {CHAMPION: 1}
+    told = json.loads(registry.version(1).tags["gate.rules"])
+    assert len(told) > 3  # with more settings there are many, and they take much room
+    rules = json.dumps([{**rule, "reason": f"{rule['reason']:1000}"} for rule in told])
+    registry.tag(registry.version(1), {"gate.rules": rules[:-1] if cut else rules})
+    tags = registry.version(1).tags
+    decision = run_deploy(project)["decision"]
+    assert registry.version(1).tags == tags
+    assert [record.champion for record in registry.promotions()] == [1]
+    assert decision["rules"] == ([] if cut else json.loads(rules))
+    assert (decision["verdict"], decision["reason"]) == (
+        "champion",
+        "This version is the champion already." if cut else tags["gate.reason"],
+    )
+    assert "first model" in tags["gate.reason"]
+
+
 def test_a_worse_model_waits_as_challenger_and_a_person_decides(
     registry: Registry, project: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
