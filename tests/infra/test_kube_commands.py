@@ -16,6 +16,7 @@ import pytest
 from pipeline.cli import app
 from pipeline.cluster.kube.doctor import examine
 from pipeline.cluster.kube.kinds import (
+    CANCELLED_NOTE,
     CONFIG_MAPS,
     CRON_JOBS,
     EVENTS,
@@ -141,10 +142,31 @@ def test_submitting_twice_is_submitting_once(
     assert json.loads(metaloom("submit", "HEAD~1", "--json"))["run"] == submitted
 
 
-def test_two_at_once_submit_one(cluster: Cluster, repository: str) -> None:
+def test_what_has_succeeded_is_submitted_anew_for_new_data_may_have_come(
+    cluster: Cluster, metaloom: Command, submitted: str
+) -> None:
+    running(cluster, cluster.pod(submitted), exit_code=0)
+    old = cluster.wait_for_state(submitted, "succeeded")
+    assert "would be submitted" in metaloom("submit", "--dry-run=server")
+    assert cluster.kube.get(JOBS, submitted) == old
+    told = json.loads(metaloom("submit", "--because", "drift", "--json"))
+    assert (told["run"], told["new"], told["state"]) == (submitted, True, "waiting")
+    new = cluster.kube.get(JOBS, submitted)
+    assert new["metadata"]["uid"] != old["metadata"]["uid"]
+    assert new["metadata"]["annotations"]["metaloom.dev/because"] == "drift"
+    assert "is there already: waiting" in metaloom("submit")
+    assert cluster.kube.get(JOBS, submitted)["metadata"]["uid"] == new["metadata"]["uid"]
+
+
+@pytest.mark.parametrize("before", ["nothing", "one that has succeeded"])
+def test_two_at_once_submit_one(before: str, cluster: Cluster, repository: str) -> None:
     from pipeline.cluster.kube.retraining import Submitted, submit
 
     cluster.apply_retraining()
+    if before != "nothing":
+        run = submit(cluster.kube, repository, "0" * 64).run
+        running(cluster, cluster.pod(run), exit_code=0)
+        cluster.wait_for_state(run, "succeeded")
     done: list[Submitted] = []
     threads = [
         threading.Thread(target=lambda: done.append(submit(cluster.kube, repository, "0" * 64)))
@@ -202,6 +224,7 @@ def test_a_failed_run_says_why_and_runs_again_under_its_name(
     old = cluster.wait_for_state(submitted, "failed")
     assert "container driver ended with status 3" in metaloom("status")
     assert "failed" in metaloom("submit", "--wait", status=1)
+    assert f"failed. `metaloom cluster resume {submitted}`" in metaloom("submit")
     assert "would run again" in metaloom("resume", submitted, "--dry-run=server")
     assert "runs again" in metaloom("resume", submitted)
     new = cluster.wait_for_state(submitted, "waiting", "running")
@@ -212,6 +235,19 @@ def test_a_failed_run_says_why_and_runs_again_under_its_name(
     running(cluster, cluster.pod(submitted), exit_code=0)
     cluster.wait_for_state(submitted, "succeeded")
     assert "nothing to resume" in metaloom("resume", submitted, status=1)
+
+
+def test_a_run_that_is_being_cancelled_is_not_resumed_beside_its_old_driver(
+    cluster: Cluster, metaloom: Command, submitted: str
+) -> None:
+    """Its pod is there until it has ended, as the real controller leaves it."""
+    running(cluster, cluster.pod(submitted))
+    job = cluster.wait_for_state(submitted, "running")
+    notes = {"annotations": {CANCELLED_NOTE: "2026-11-30T02:31:00+00:00"}}
+    cluster.kube.patch(JOBS, submitted, {"metadata": notes})
+    told = metaloom("resume", submitted, status=1)
+    assert "is still being cancelled: its driver has a minute" in told
+    assert cluster.kube.get(JOBS, submitted)["metadata"]["uid"] == job["metadata"]["uid"]
 
 
 def test_a_cancelled_run_ends_stays_and_can_be_resumed(

@@ -88,9 +88,10 @@ def submit(
 ) -> None:
     """Have one commit retrained now.
 
-    Its name comes from the commit and its params.yaml: submitting it again changes nothing. The
-    driver in the cluster clones the commit, so it must have been pushed. With --because drift it
-    ends at once unless the served traffic has drifted, for alerts that call this.
+    Its name comes from the commit and its params.yaml: submitting it again while it waits or runs
+    changes nothing, and one that has succeeded runs anew, for there may be new data. The driver in
+    the cluster clones the commit, so it must have been pushed. With --because drift it ends at once
+    unless the served traffic has drifted, for alerts that call this.
 
     \b
       metaloom cluster submit
@@ -106,6 +107,8 @@ def submit(
         return
     how = "would be submitted" if dry_run else "submitted"
     text = f"{done.run} {how}." if done.new else f"{done.run} is there already: {done.state}."
+    if not done.new and done.state in ("failed", "cancelled"):
+        text += f" `metaloom cluster resume {done.run}` runs it again."
     _say(as_json, text, {**done._asdict(), "commit": full, "dry_run": bool(dry_run)})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -98,7 +99,9 @@ def job_of(
 def submit(
     kube: Kube, commit: str, params_hash: str, *, because: str = "manual", dry_run: bool = False
 ) -> Submitted:
-    """Have a commit retrained; a Job that is there already is left as it is.
+    """Have a commit retrained; a Job that is there already is left as it is until it has succeeded.
+
+    Then it is replaced: new data may have come since, of which its driver knows.
 
     Args:
         dry_run: let the server check everything and keep nothing.
@@ -108,13 +111,20 @@ def submit(
     """
     template = cron_job(kube)["spec"]["jobTemplate"]
     name = job_name(commit, params_hash)
-    try:
-        made = kube.create(
-            JOBS, job_of(template, name, commit=commit, because=because), dry_run=dry_run
-        )
-    except ExistsError:
-        return Submitted(name, False, state_of(kube.get(JOBS, name)))
-    return Submitted(name, True, state_of(made))
+    wanted = job_of(template, name, commit=commit, because=because)
+    for _ in range(5):
+        try:
+            return Submitted(name, True, state_of(kube.create(JOBS, wanted, dry_run=dry_run)))
+        except ExistsError:
+            pass
+        with suppress(MissingError):  # whoever submits it at the same moment has just removed it
+            there = kube.get(JOBS, name)
+            if state_of(there) != "succeeded" or not is_ours(there):
+                return Submitted(name, False, state_of(there))
+            if dry_run:
+                return _checked_again(kube, wanted)
+            _remove(kube, there)
+    raise MachineError(f"the Job {name} changes all the time. Try again.")
 
 
 def state_of(job: Mapping[str, Any]) -> str:
@@ -200,13 +210,19 @@ def resume(kube: Kube, run: str, *, dry_run: bool = False) -> Submitted:
     """Run a failed or cancelled run again, under its name, with the template as it is now.
 
     Raises:
-        MachineError: it succeeded, or the server refuses.
+        ConfigError: it succeeded.
+        MachineError: it is being cancelled, so its driver still works; or the server refuses.
     """
     job = find_job(kube, run)
     state = state_of(job)
     if state == "succeeded":
         raise ConfigError(f"the run {run} has succeeded; there is nothing to resume.")
-    if state not in ("failed", "cancelled", "cancelling"):
+    if state == "cancelling":
+        raise MachineError(
+            f"the run {run} is still being cancelled: its driver has a minute for its checkpoint. "
+            "Resume it when `metaloom cluster status` says that it is cancelled."
+        )
+    if state not in ("failed", "cancelled"):
         return Submitted(run, False, state)
     template = cron_job(kube)["spec"]["jobTemplate"]
     notes = job["metadata"].get("annotations") or {}
@@ -214,12 +230,19 @@ def resume(kube: Kube, run: str, *, dry_run: bool = False) -> Submitted:
         template, run, commit=notes.get(COMMIT_NOTE), because=notes.get(BECAUSE_NOTE, "manual")
     )
     if dry_run:
-        trial = {**again, "metadata": {**again["metadata"], "name": f"{run}-again"}}
-        kube.create(JOBS, trial, dry_run=True)
-        return Submitted(run, True, "waiting")
+        return _checked_again(kube, again)
     _remove(kube, job)
     made = kube.create(JOBS, again)
     return Submitted(run, True, state_of(made))
+
+
+def _checked_again(kube: Kube, job: Mapping[str, Any]) -> Submitted:
+    """What the server would say to a Job whose name is still taken."""
+    name = job["metadata"]["name"]
+    kube.create(
+        JOBS, {**job, "metadata": {**job["metadata"], "name": f"{name}-again"}}, dry_run=True
+    )
+    return Submitted(name, True, "waiting")
 
 
 def _remove(kube: Kube, job: Mapping[str, Any]) -> None:
@@ -231,8 +254,8 @@ def _remove(kube: Kube, job: Mapping[str, Any]) -> None:
             if time.monotonic() > end:
                 raise MachineError(
                     f"the old Job {name} is still being deleted after {_GONE_SECONDS:g} s. Look at "
-                    "its finalizers, then resume again."
+                    "its finalizers, then try again."
                 )
             time.sleep(_POLL_SECONDS)
-    except MissingError:
+    except (MissingError, ConflictError):  # gone; or another of that name is there already
         return
