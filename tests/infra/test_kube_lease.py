@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
+from pipeline.cluster import repro
+from pipeline.cluster.kube import lease
 from pipeline.cluster.kube.kinds import LEASES, PROGRESS_NOTE, RETRAIN
 from pipeline.cluster.kube.lease import HeldError, LostError, holder_of, single_flight
 from tests.conftest import REPOSITORY
@@ -32,7 +34,7 @@ kube.ask("/version")
 while not (Path(folder) / "go").exists():
     time.sleep(0.001)
 try:
-    with single_flight(kube, holder, duration_seconds=5, renew_seconds=1):
+    with single_flight(kube, holder, duration_seconds=5, renew_seconds=1, grace_seconds=0):
         print("won", flush=True)
         while not (Path(folder) / "end").exists():
             time.sleep(0.01)
@@ -78,7 +80,9 @@ def test_it_is_renewed_and_shows_how_far_the_work_is(cluster: Cluster) -> None:
     def stamp() -> str:
         return str(cluster.kube.get(LEASES, RETRAIN)["spec"]["renewTime"])
 
-    with single_flight(cluster.kube, "us", duration_seconds=2, renew_seconds=0.5) as held:
+    with single_flight(
+        cluster.kube, "us", duration_seconds=2, renew_seconds=0.5, grace_seconds=0
+    ) as held:
         first = stamp()
         held.note({"run": "us", "stage": "meta_train", "step": 7})
         eventually(lambda: PROGRESS_NOTE in _notes(cluster))
@@ -140,8 +144,8 @@ def test_a_holder_whose_clock_is_behind_keeps_it(cluster: Cluster) -> None:
 
 def test_the_same_run_takes_it_again_and_its_old_process_stops(cluster: Cluster) -> None:
     """A driver's node is cut off, its pod comes again elsewhere; then the node is back."""
-    with single_flight(cluster.kube, "run", duration_seconds=5, renew_seconds=0.3) as old:
-        with single_flight(cluster.kube, "run", duration_seconds=5, renew_seconds=0.3) as new:
+    with single_flight(cluster.kube, "run", renew_seconds=0.3) as old:
+        with single_flight(cluster.kube, "run", renew_seconds=0.3) as new:
             eventually(lambda: old.lost)
             with pytest.raises(LostError, match="no two work at once"):
                 old.check()
@@ -149,20 +153,39 @@ def test_the_same_run_takes_it_again_and_its_old_process_stops(cluster: Cluster)
         assert holder_of(cluster.kube.get(LEASES, RETRAIN)) == ""
 
 
-def test_a_holder_that_cannot_renew_stops_before_it_has_run_out(cluster: Cluster) -> None:
-    kube = replace(cluster.kube, patience_seconds=0.1)
-    with single_flight(kube, "us", duration_seconds=2, renew_seconds=0.5) as held:
-        begin = time.monotonic()
-        fault = RefusedError(503, "ServiceUnavailable", "no leader")
-        cluster.ours.refuse("update", "leases", fault)
-        eventually(lambda: held.lost)
-        assert time.monotonic() - begin < 4
-        with pytest.raises(LostError, match="could not be renewed.*no leader"):
+@pytest.mark.parametrize("server", ["refuses", "is silent"])
+def test_a_holder_that_cannot_renew_stops_before_it_has_run_out(
+    server: str, cluster: Cluster
+) -> None:
+    """So long before that what it does can end: by the Lease's own stamp, when the word comes."""
+    told: list[float] = []
+    with single_flight(
+        cluster.kube, "us", duration_seconds=12, renew_seconds=1, grace_seconds=8
+    ) as held:
+        held.on_lost = lambda: told.append(time.time())
+        if server == "refuses":
+            fault = RefusedError(503, "ServiceUnavailable", "no leader")
+            cluster.ours.refuse("update", "leases", fault)
+        else:
+            cluster.ours.be_silent("update", "leases")
+        eventually(lambda: told)
+        found = cluster.kube.get(LEASES, RETRAIN)
+        renewed = datetime.fromisoformat(found["spec"]["renewTime"]).timestamp()
+        assert renewed + 12 - 8 <= told[0] and holder_of(found, now=told[0]) == "us"
+        why = "no leader" if server == "refuses" else "does not answer"
+        with pytest.raises(LostError, match=f"could not be renewed: .*{why}"):
             held.check()
+    assert holder_of(cluster.kube.get(LEASES, RETRAIN), now=told[0]) == "us"  # it runs out
+
+
+def test_there_is_time_for_a_checkpoint_before_it_runs_out() -> None:
+    """A stage that is told to stop is killed when its time is over, not later."""
+    assert repro.GRACE_SECONDS < lease.GRACE_SECONDS
+    assert lease.GRACE_SECONDS + 2 * lease.RENEW_SECONDS < lease.DURATION_SECONDS
 
 
 def test_somebody_else_s_touch_is_no_loss(cluster: Cluster) -> None:
-    with single_flight(cluster.kube, "us", duration_seconds=5, renew_seconds=0.3) as held:
+    with single_flight(cluster.kube, "us", renew_seconds=0.3) as held:
         cluster.kube.patch(LEASES, RETRAIN, {"metadata": {"labels": {"k": "v"}}})
         before = cluster.kube.get(LEASES, RETRAIN)["spec"]["renewTime"]
         eventually(lambda: cluster.kube.get(LEASES, RETRAIN)["spec"]["renewTime"] > before)

@@ -29,6 +29,8 @@ class Kube:
     namespace: str
     patience_seconds: float = 10.0
     """How long one request is tried again while the server is busy or does not answer"""
+    answer_seconds: float = ANSWER_SECONDS
+    """How long a server that has been reached may be silent"""
 
     def get(self, kind: Kind, name: str, *, metadata_only: bool = False) -> dict[str, Any]:
         """One object.
@@ -192,7 +194,7 @@ class Kube:
         end = time.monotonic() + self.patience_seconds
         for attempt in range(100):
             try:
-                response = self._call(method, path, query or {}, body, accept, ANSWER_SECONDS)
+                response = self._call(method, path, query or {}, body, accept, self.answer_seconds)
                 content = response.read()
                 if not 200 <= response.status < 300:
                     self._refuse(response, verb, kind, name or named)
@@ -230,7 +232,8 @@ class Kube:
             auth_settings=["BearerToken"],
         )
         try:
-            return self.client.call_api(*request, _request_timeout=(CONNECT_SECONDS, seconds))
+            timeout = (min(CONNECT_SECONDS, seconds), seconds)
+            return self.client.call_api(*request, _request_timeout=timeout)
         except urllib3.exceptions.HTTPError as error:
             raise self._unreachable(error) from None
         except Exception as error:

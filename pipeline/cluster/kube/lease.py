@@ -17,6 +17,9 @@ from pipeline.cluster.kube.errors import ApiError, ConflictError, ExistsError, M
 from pipeline.cluster.kube.kinds import LEASES, PROGRESS_NOTE, RETRAIN
 from pipeline.core.errors import MachineError
 
+DURATION_SECONDS, RENEW_SECONDS = 120.0, 10.0
+GRACE_SECONDS = 75.0
+"""Of the duration, for the work to end in: a stage that is told to stop is killed after 60 s."""
 _INSTANCE_NOTE = "metaloom.dev/instance"
 _POLL_SECONDS = 0.5
 
@@ -41,9 +44,12 @@ class Held:
         self._why = ""
         self._progress = ""
         self._lock = threading.Lock()
+        self.renewed = time.monotonic()
+        self.trouble = "the API server does not answer."
+        """Why the last renewal came to nothing."""
         self.news = threading.Event()
         self.on_lost: Callable[[], None] = lambda: None
-        """Called once, from the thread that renews."""
+        """Called once, from a thread of the Lease's."""
 
     def note(self, progress: Mapping[str, Any]) -> None:
         """Show how far the work is (`metaloom cluster status`); written with the next renewal."""
@@ -58,9 +64,12 @@ class Held:
             return self._progress
 
     def lose(self, why: str) -> None:
-        """It is somebody else's now."""
-        self._why = why
-        self._lost.set()
+        """It is somebody else's now, or will be before the work has ended."""
+        with self._lock:
+            if self.lost:
+                return
+            self._why = why
+            self._lost.set()
         self.on_lost()
 
     @property
@@ -72,7 +81,7 @@ class Held:
         """Go on only while the Lease is ours.
 
         Raises:
-            LostError: it is not, or has not been renewed for as long as it lasts.
+            LostError: it is not, or has not been renewed for so long that it may not be soon.
         """
         if self.lost:
             raise LostError(f"{self._why} This run stops, so that no two work at once.")
@@ -85,6 +94,7 @@ class _Terms:
     instance: str
     duration_seconds: float
     renew_seconds: float
+    grace_seconds: float
 
 
 @contextmanager
@@ -93,10 +103,14 @@ def single_flight(
     holder: str,
     *,
     name: str = RETRAIN,
-    duration_seconds: float = 60,
-    renew_seconds: float = 10,
+    duration_seconds: float = DURATION_SECONDS,
+    renew_seconds: float = RENEW_SECONDS,
+    grace_seconds: float = GRACE_SECONDS,
 ) -> Iterator[Held]:
-    """Hold a Lease while the body runs; a thread renews it.
+    """Hold a Lease while the body runs; a thread renews it, another one watches the clock.
+
+    Whatever the API server does (it may take a request and never answer), the Lease is given up so
+    long before it runs out that the work can end in between.
 
     A Lease that is free is taken, and one of the same holder (its pod was killed and came again)
     too. One of somebody else that has run out by our clock is watched for a while longer first: a
@@ -105,24 +119,30 @@ def single_flight(
     Args:
         holder: who we are: the name of our Job.
         duration_seconds: how long it lasts without renewal; whole seconds.
+        grace_seconds: of these, what the work needs to end.
 
     Raises:
         HeldError: somebody else holds it.
         ApiError: the API server refuses.
     """
-    terms = _Terms(name, holder, uuid.uuid4().hex, duration_seconds, renew_seconds)
+    assert duration_seconds > grace_seconds + renew_seconds, "it could never be renewed in time"
+    terms = _Terms(name, holder, uuid.uuid4().hex, duration_seconds, renew_seconds, grace_seconds)
     lease = _acquire(kube, terms)
     held, ending = Held(), threading.Event()
-    renewer = threading.Thread(
-        target=_renew, args=(kube, terms, lease, held, ending), daemon=True, name="lease"
-    )
-    renewer.start()
+    held.renewed = _when_renewed(lease)
+    threads = [
+        threading.Thread(target=_renew, args=(kube, terms, lease, held, ending), daemon=True),
+        threading.Thread(target=_watch_the_clock, args=(terms, held, ending), daemon=True),
+    ]
+    for thread in threads:
+        thread.start()
     try:
         yield held
     finally:
         ending.set()
         held.news.set()
-        renewer.join()
+        for thread in threads:
+            thread.join(2 * renew_seconds)
         if not held.lost:
             with suppress(ApiError):  # it runs out by itself
                 _release(kube, terms, held)
@@ -200,11 +220,15 @@ def _stays_silent(kube: Kube, terms: _Terms, lease: Mapping[str, Any]) -> bool:
 def _renew(
     kube: Kube, terms: _Terms, lease: dict[str, Any], held: Held, ending: threading.Event
 ) -> None:
-    """Write the time, and what was noted, again and again; give up when it has run out."""
-    brief = replace(kube, patience_seconds=min(kube.patience_seconds, terms.renew_seconds))
-    renewed = time.monotonic()
-    while not ending.is_set():
-        due = renewed + terms.renew_seconds
+    """Write the time, and what was noted, again and again, until the Lease is lost."""
+    half = terms.renew_seconds / 2  # for the last try, and for those before it
+    brief = replace(
+        kube,
+        patience_seconds=min(kube.patience_seconds, half),
+        answer_seconds=min(kube.answer_seconds, half),
+    )
+    while not ending.is_set() and not held.lost:
+        due = held.renewed + terms.renew_seconds
         while not ending.is_set() and time.monotonic() < due:
             held.news.wait(max(0.0, due - time.monotonic()))
             if held.news.is_set():
@@ -214,20 +238,35 @@ def _renew(
             return
         try:
             lease = _renewed(brief, terms, lease, held.progress())
-            renewed = time.monotonic()
+            held.renewed = _when_renewed(lease)
         except (ConflictError, MissingError):
             try:
                 lease = _still_ours(brief, terms)
+                held.renewed = _when_renewed(lease)  # by a request whose answer was lost, perhaps
             except (HeldError, MissingError) as error:
                 held.lose(str(error))
                 return
             except ApiError:
                 pass
         except ApiError as error:
-            if time.monotonic() - renewed > terms.duration_seconds - terms.renew_seconds:
-                held.lose(f"the Lease {terms.name} could not be renewed: {error}")
-                return
+            held.trouble = str(error)
             ending.wait(min(1.0, terms.renew_seconds / 4))
+
+
+def _watch_the_clock(terms: _Terms, held: Held, ending: threading.Event) -> None:
+    """Give the Lease up while there is time to end the work; no request can delay this."""
+    while not held.lost:
+        left = held.renewed + terms.duration_seconds - terms.grace_seconds - time.monotonic()
+        if left <= 0:
+            held.lose(f"the Lease {terms.name} could not be renewed: {held.trouble}")
+        elif ending.wait(left):
+            return
+
+
+def _when_renewed(lease: Mapping[str, Any]) -> float:
+    """By our monotonic clock: when the request was made, whenever its answer came."""
+    ago = time.time() - datetime.fromisoformat(_spec(lease)["renewTime"]).timestamp()
+    return time.monotonic() - max(0.0, ago)
 
 
 def _renewed(kube: Kube, terms: _Terms, lease: Mapping[str, Any], progress: str) -> dict[str, Any]:

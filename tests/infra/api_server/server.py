@@ -175,6 +175,13 @@ class ApiServer:
         path.chmod(0o600)
         return path
 
+    def service_account(self, folder: Path, namespace: str) -> None:
+        """What a kubelet mounts into a pod; with KUBERNETES_SERVICE_HOST and _PORT it is all."""
+        folder.mkdir()
+        (folder / "token").write_text(TOKEN)
+        (folder / "ca.crt").write_bytes(self._authority)
+        (folder / "namespace").write_text(namespace)
+
     def resource(self, plural: str) -> Resource:
         return next(r for r in self.resources if r.plural == plural)
 
@@ -185,6 +192,15 @@ class ApiServer:
             raise error
 
         self.rules.append(Rule(answer, verb, resource, times))
+
+    def be_silent(self, verb: str, resource: str) -> None:
+        """Take matching requests and never answer, as behind a load balancer without a server."""
+
+        def answer(request: Request) -> None:
+            self.stopped.wait()
+            raise DroppedError
+
+        self.rules.append(Rule(answer, verb, resource))
 
     def lose_answers(self, verb: str, resource: str, times: int) -> None:
         """Do what matching requests ask for, and cut the connection instead of answering."""
