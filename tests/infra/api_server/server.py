@@ -113,6 +113,8 @@ class ApiServer:
     rules: list[Rule] = field(default_factory=list)
     denied: list[tuple[str, str]] = field(default_factory=list)
     """(verb, resource) that RBAC does not allow, as regular expressions."""
+    minor: str = "37"
+    """Of its version"""
     bookmark_seconds: float = 1.0
     log_cut_lines: int | None = None
     """Cut the connection of a followed log after so many lines, in the middle of the next."""
@@ -317,7 +319,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _discovery(self, pieces: list[str]) -> bool:
         groups = sorted({(r.group, r.version) for r in self.api.resources if r.group})
         if pieces == ["version"]:
-            self._send(200, {"major": "1", "minor": "37", "gitVersion": "v1.37.0"})
+            minor = self.api.minor
+            told = {"major": "1", "minor": minor, "gitVersion": f"v1.{minor}.0"}
+            self._send(200, told)
         elif pieces in (["livez"], ["readyz"], ["healthz"]):
             self._send(200, "ok")
         elif pieces == ["api"]:
