@@ -84,14 +84,14 @@ def retrain(
         root = bring_repository(repository, work)
         request = replace(request, commit=commit_of(root, commit), remote="origin")
     uri = os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri(root)
-    if because is Because.drift and (steady := _no_drift(root, config)):
+    if because is Because.drift and (steady := _no_drift(root, request.commit, config)):
         print(json.dumps(steady, indent=2) if as_json else steady["reason"])
         return
     with driving() as listen:
         outcome = go(
             root,
             request,
-            champion=lambda folder: _champion(root, folder),
+            champion=lambda folder: _champion(root, request.commit, folder),
             environment={"MLFLOW_TRACKING_URI": uri},
             listen=listen,
         )
@@ -100,20 +100,27 @@ def retrain(
         raise typer.Exit(DECIDED)
 
 
-def _registry(root: Path) -> Registry:
+def _registry(root: Path, commit: str) -> Registry:
+    """Of the model that a commit retrains: the working tree may be another, or out of date."""
+    from pipeline.cluster.clone import resolve_commit
+    from pipeline.cluster.commands import git
     from pipeline.deploy.registry import Registry
 
-    model = load_value(root / "params.yaml", "deploy.model_name", str)
-    domain = load_value(root / "params.yaml", "preprocess.domain", str)
+    text = git(root, "show", f"{resolve_commit(root, commit)}:params.yaml")
+    with tempfile.TemporaryDirectory() as scratch:
+        params = Path(scratch) / "params.yaml"
+        params.write_text(text, encoding="utf-8", errors="surrogateescape")
+        model = load_value(params, "deploy.model_name", str)
+        domain = load_value(params, "preprocess.domain", str)
     return Registry(root, f"{model}-{domain}")
 
 
-def _champion(root: Path, folder: Path) -> str | None:
+def _champion(root: Path, commit: str, folder: Path) -> str | None:
     """Leave the champion's learner in a folder; says which version it is, None if there is none."""
     from pipeline.core.files import new_folder
     from pipeline.engine.learner import save_learner
 
-    registry = _registry(root)
+    registry = _registry(root, commit)
     if (version := registry.champion()) is None:
         return None
     with tempfile.TemporaryDirectory() as scratch, new_folder(folder, kind="learner") as building:
@@ -121,11 +128,11 @@ def _champion(root: Path, folder: Path) -> str | None:
     return f"{version.name} version {version.number}"
 
 
-def _no_drift(root: Path, config: Path | None) -> dict[str, Any] | None:
+def _no_drift(root: Path, commit: str, config: Path | None) -> dict[str, Any] | None:
     """Why drift is no reason to retrain; None where the champion's traffic has drifted."""
     from pipeline.deploy.drift import served_drift
 
-    registry = _registry(root)
+    registry = _registry(root, commit)
     champion = registry.aliases().get("champion")
     if champion is None:
         raise RegistryError(f"{registry.name} has no champion yet, whose traffic could drift.")
