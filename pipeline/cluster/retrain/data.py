@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,7 @@ def inputs_of(folder: Path) -> Inputs:
     settings = canonical_json({k: v for k, v in params.items() if k != POLICY})
     return Inputs(
         code=sha256_bytes(f"{_digest(folder, code)} {settings}".encode()),
-        data=_digest(folder, data),
+        data=_digest(folder, data, of=_content),
     )
 
 
@@ -163,11 +163,25 @@ def _is_import(path: Path) -> bool:
     return bool((yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("deps"))
 
 
-def _digest(folder: Path, names: list[str]) -> str:
+def _digest(folder: Path, names: list[str], of: Callable[[Path], str] = sha256_file) -> str:
     files = {name: folder / name for name in names}
     hashes = {
-        name: sha256_file(path)
-        for name, path in files.items()
-        if path.is_file() and not path.is_symlink()
+        name: of(path) for name, path in files.items() if path.is_file() and not path.is_symlink()
     }
     return sha256_bytes(canonical_json(hashes).encode())
+
+
+def _content(path: Path) -> str:
+    """Of a file; of a `.dvc` file what its outputs are, which the same bytes sent again leave.
+
+    The rest of it (the source's etag, sizes, versions, words) changes without them.
+    """
+    if path.suffix != ".dvc":
+        return sha256_file(path)
+    import yaml
+
+    known = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    outs = known.get("outs") or []
+    if not all(out.get("md5") for out in outs):
+        return sha256_file(path)
+    return sha256_bytes(canonical_json(sorted((out["path"], out["md5"]) for out in outs)).encode())
