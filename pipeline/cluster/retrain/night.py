@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.cluster import message
 from pipeline.cluster.clone import Clone, check_remote, only_runner, resolve_commit, take_clone
-from pipeline.cluster.commands import git
+from pipeline.cluster.commands import git, try_git
 from pipeline.cluster.outcome import compute, identity, push, record
 from pipeline.cluster.raw_data import bring_raw_data
 from pipeline.cluster.retrain.data import (
@@ -37,7 +37,7 @@ from pipeline.cluster.retrain.start import FRESH, Bring, place_start
 from pipeline.cluster.retrain.tell import tell, webhook
 from pipeline.cluster.share import default_remote, share
 from pipeline.core.config import load_section
-from pipeline.core.errors import PipelineError, StoppedError
+from pipeline.core.errors import MachineError, PipelineError, StoppedError
 from pipeline.core.files import read_json, write_bytes, write_json
 
 KIND = "retrain"
@@ -203,19 +203,20 @@ def _go(night: _Night) -> Outcome:
     inputs = inputs_of(folder)
     if done := _done_before(night, inputs):
         return done
-    first = replace(night.clone, arguments=("preprocess",))
-    compute(first, night.environment, night.data_remote, push=False, listen=night.listen)
-    description = describe(folder, inputs)
-    before = _last(night.root, night.asked)
-    changes = compare(description, before)
-    if reason := _too_few(night.policy, changes, inputs, before):
-        night.clone.mark(done=True)
-        return _end(night, night.told("too_few", reason, data=changes))
-    who = identity(night.root)
-    clone, start = place_start(night.clone, night.policy.start, night.champion, who)
-    night = replace(night, clone=clone, start=start)
+    changes: dict[str, Any] | None = None
     try:
         with _budget(night.policy.budget_seconds(night.request.num_workers)) as over:
+            first = replace(night.clone, arguments=("preprocess",))
+            compute(first, night.environment, night.data_remote, push=False, listen=night.listen)
+            description = describe(folder, inputs)
+            before = _last(night.root, night.asked)
+            changes = compare(description, before)
+            if reason := _too_few(night.policy, changes, inputs, before):
+                night.clone.mark(done=True)
+                return _end(night, night.told("too_few", reason, data=changes))
+            who = identity(night.root)
+            clone, start = place_start(night.clone, night.policy.start, night.champion, who)
+            night = replace(night, clone=clone, start=start)
             compute(
                 night.clone, night.environment, night.data_remote, push=True, listen=night.listen
             )
@@ -260,17 +261,22 @@ def _keep(
     write_json(folder / DATA, description)
     write_json(folder / RECORD, told)
     write_bytes(folder / PAGE, page(told).encode())
-    clone = night.clone.mark(branch=_new_branch(night.root, night.request.date))
+    root, remote = night.root, night.request.remote
+    if remote is not None:  # the day's names that others have taken since
+        git(root, "fetch", "--quiet", "--", remote)
+    clone = night.clone.mark(branch=_new_branch(root, night.request.date))
     text = message.commit_message(folder, clone.commit, differed=(), arguments=())
     trailer = f"\n{INPUTS}: {inputs.digest}\n"
     tip = record(
-        night.root,
+        root,
         clone,
         f"{title(told)}\n\n{text}{trailer}",
         night.notes,
         also=[DATA, RECORD, PAGE],
     )
-    push(night.root, clone, tip, night.data_remote, night.request.remote)
+    push(root, clone, tip, night.data_remote, None)
+    if remote is not None and tip is not None:
+        clone = clone.mark(branch=_publish(root, remote, clone.branch, night.request.date))
     clone.mark(done=True)
     fails = not promoted and night.policy.on_failed_gate == "fail"
     return _end(night, told, branch=clone.branch, fails=fails)
@@ -284,29 +290,45 @@ def _end(
 
 def _done_before(night: _Night, inputs: Inputs) -> Outcome | None:
     """The branch of a run from the same inputs; one that a killed run left here is pushed on."""
-    for reference, digest in earlier(night.root, night.asked):
-        if digest != inputs.digest:
-            continue
-        if reference.startswith("refs/heads/") and night.request.remote is not None:
-            git(
-                night.root,
-                "push",
-                "--quiet",
-                "--",
-                night.request.remote,
-                f"{reference}:{reference}",
-            )
-        name = _short(reference)
-        came = recorded(night.root, reference, RECORD) or {"state": "unknown"}
-        night.clone.mark(done=True)
-        reason = (
-            f"{name} was trained from the same code, parameters and data, and was "
-            f"{came['state'].replace('_', ' ')}."
-        )
-        # The same answer as the first time, to a Job whose pod was killed on its last steps.
-        fails = came["state"] == "not_promoted" and night.policy.on_failed_gate == "fail"
-        return _end(night, night.told("no_change", reason), branch=name, fails=fails)
-    return None
+    there = [name for name, digest in earlier(night.root, night.asked) if digest == inputs.digest]
+    if not there:
+        return None
+    name, remote = _short(there[0]), night.request.remote
+    came = recorded(night.root, there[0], RECORD) or {"state": "unknown"}
+    if remote is not None and all(one.startswith("refs/heads/") for one in there):
+        # Nobody else has it yet. One that was merged may have been deleted since: let it rest.
+        name = _publish(night.root, remote, name, night.request.date)
+    night.clone.mark(done=True)
+    reason = (
+        f"{name} was trained from the same code, parameters and data, and was "
+        f"{came['state'].replace('_', ' ')}."
+    )
+    # The same answer as the first time, to a Job whose pod was killed on its last steps.
+    fails = came["state"] == "not_promoted" and night.policy.on_failed_gate == "fail"
+    return _end(night, night.told("no_change", reason), branch=name, fails=fails)
+
+
+def _publish(root: Path, remote: str, branch: str, date: str) -> str:
+    """Push a branch; under another name where somebody has taken its own. Returns its name.
+
+    Raises:
+        MachineError: the remote does not take it.
+    """
+    for _ in range(10):
+        refused = try_git(root, "push", "--quiet", "--", remote, f"refs/heads/{branch}")
+        if refused.returncode == 0:
+            return branch
+        git(root, "fetch", "--quiet", "--", remote)
+        theirs = f"refs/remotes/{remote}/{branch}"
+        if try_git(root, "rev-parse", "--verify", "--quiet", theirs).returncode != 0:
+            break
+        other = _new_branch(root, date)
+        git(root, "branch", "--move", branch, other)
+        branch = other
+    raise MachineError(
+        f"{remote} does not take {branch}; it is kept here, and pushed by the next run: "
+        f"{refused.stderr.strip()}"
+    )
 
 
 def _short(reference: str) -> str:
