@@ -589,7 +589,7 @@ def healthy(cluster: Cluster) -> None:
     for name in ("metaloom-git", "metaloom-s3", "metaloom-mlflow", "metaloom-ray-token"):
         cluster.kube.create(SECRETS, typed(SECRETS, {"metadata": {"name": name}}))
     settings = manifest("settings.yaml", "ConfigMap")
-    settings["data"]["METALOOM_REPOSITORY"] = "https://git.internal/team/models.git"
+    settings["data"]["METALOOM_REPOSITORY"] = "https://git.internal/examples/models.git"
     cluster.kube.create(CONFIG_MAPS, settings)
     for name in ("metaloom-git-config", "metaloom-serve"):
         cluster.kube.create(CONFIG_MAPS, typed(CONFIG_MAPS, {"metadata": {"name": name}}))
@@ -637,6 +637,16 @@ BREAKS: dict[str, tuple[Callable[[Cluster], Any], str, str]] = {
         ),
         "storage",
         "s3://",
+    ),
+    "old server": (lambda c: setattr(c.ours, "minor", "31"), "Kubernetes", "1.32 or later"),
+    "repository": (
+        lambda c: c.kube.patch(
+            CONFIG_MAPS,
+            "metaloom-settings",
+            {"data": manifest("settings.yaml", "ConfigMap")["data"]},
+        ),
+        "repository",
+        "set it in metaloom-settings",
     ),
     "queue": (
         lambda c: c.kube.patch(

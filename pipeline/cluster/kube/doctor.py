@@ -27,8 +27,10 @@ from pipeline.cluster.kube.kinds import (
 from pipeline.cluster.kube.lease import holder_of
 from pipeline.cluster.kube.references import Finding, check_references, having, images
 
-_OLDEST = (1, 27)
-"""The first in which a CronJob's timeZone is stable."""
+_OLDEST = (1, 32)
+"""What the manifests are checked against; docs/kubernetes.md says so too."""
+_PLACEHOLDER = "https://git.example.org/team/metaloom.git"
+"""What infra/kubernetes/base/settings.yaml names as the repository."""
 _APPLY = "kubectl apply -k infra/kubernetes/overlays/gpu"
 NEEDS: tuple[tuple[Kind, str, tuple[str, ...]], ...] = (
     (JOBS, "", ("get", "list", "watch", "create", "patch", "delete")),
@@ -88,7 +90,7 @@ def _version(kube: Kube) -> Finding:
     found = tuple(int(re.sub(r"\D", "", told.get(k, "")) or 0) for k in ("major", "minor"))
     text = f"{told.get('gitVersion', 'unknown')} at {kube.client.configuration.host}"
     if found < _OLDEST:
-        return Finding(False, "Kubernetes", text, "1.27 or later is needed; update the cluster")
+        return Finding(False, "Kubernetes", text, "1.32 or later is needed; update the cluster")
     return Finding(True, "Kubernetes", text)
 
 
@@ -152,7 +154,7 @@ def _storage(kube: Kube) -> Iterator[Finding]:
     if not where.startswith(("s3://", "file://")):
         text = f"METALOOM_STORAGE is {where!r}"
         yield Finding(False, "storage", text, "set it to s3://bucket/path in metaloom-settings")
-    elif "example" in settings.get("METALOOM_REPOSITORY", "example"):
+    elif settings.get("METALOOM_REPOSITORY", "") in ("", _PLACEHOLDER):
         text = f"METALOOM_REPOSITORY is {settings.get('METALOOM_REPOSITORY')!r}"
         yield Finding(False, "repository", text, "set it in metaloom-settings (your overlay)")
         yield Finding(True, "storage", where)

@@ -133,4 +133,4 @@ def install_hint(kind: Kind) -> str:
         return "Install the KubeRay operator (its Helm chart kuberay-operator, 1.5.1 or later)."
     if kind.group.startswith("kueue"):
         return "Install Kueue, or take an overlay without it."
-    return "Update the cluster: Kubernetes 1.27 or later is needed."
+    return "Update the cluster: Kubernetes 1.32 or later is needed."
