@@ -117,17 +117,13 @@ def deadlines(documents: Documents) -> list[Finding]:
 
 def _of_schedule(where: str, one: object) -> list[Finding]:
     found = []
-    if (
-        look(one, "spec.concurrencyPolicy") == "Allow"
-        or look(one, "spec.concurrencyPolicy") is None
-    ):
-        found.append(
-            Finding(
-                f"{where}: spec.concurrencyPolicy",
-                "two runs may overlap",
-                "Set Forbid: a run that is late is left out.",
-            )
+    policy = look(one, "spec.concurrencyPolicy")
+    if policy != "Forbid":
+        what = (
+            "a run may be ended by the next one" if policy == "Replace" else "two runs may overlap"
         )
+        mend = "Set Forbid: a run that is late is left out."
+        found.append(Finding(f"{where}: spec.concurrencyPolicy", what, mend))
     late = look(one, "spec.startingDeadlineSeconds")
     if not isinstance(late, int) or late < 10:
         found.append(
