@@ -204,21 +204,38 @@ def test_ray_is_the_version_that_is_pinned() -> None:
 
 
 def test_git_takes_its_credential_from_the_file(tmp_path: Path) -> None:
-    """The helper of the ConfigMap, with the path of the secret replaced, asked by git itself."""
+    """The helper of the ConfigMap, with the path of the secret replaced, asked by git itself.
+
+    A submodule's or an import's host, a name that only ends alike, and plain http get nothing.
+    """
     text = one("cpu", "ConfigMap", "metaloom-git-config")["data"]["gitconfig"]
     (tmp_path / "credential").write_text("username=robot\npassword=from-the-file\n")
     config = tmp_path / "gitconfig"
     config.write_text(text.replace("/secrets/git/credential", str(tmp_path / "credential")))
     environment = {**os.environ, "GIT_CONFIG_GLOBAL": str(config), "GIT_TERMINAL_PROMPT": "0"}
-    done = subprocess.run(
-        ["git", "credential", "fill"],
-        input="protocol=https\nhost=git.example.org\n\n",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert "username=robot\npassword=from-the-file" in done.stdout
+    environment["GIT_CONFIG_SYSTEM"] = os.devnull
+
+    def told(repository: str, protocol: str, host: str) -> bool:
+        done = subprocess.run(
+            ["git", "credential", "fill"],
+            input=f"protocol={protocol}\nhost={host}\n\n",
+            env={**environment, "METALOOM_REPOSITORY": repository},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ("username=robot\npassword=from-the-file" in done.stdout) == (done.returncode == 0)
+        return done.returncode == 0
+
+    ours = one("cpu", "ConfigMap", "metaloom-settings")["data"]["METALOOM_REPOSITORY"]
+    assert told(ours, "https", "git.example.org")
+    assert told("https://robot@git.example.org:8443/a.git", "https", "git.example.org:8443")
+    for protocol, host in [
+        *(("https", name) for name in ("example.com", "xgit.example.org", "gitxexample.org")),
+        *(("https", "git.example.org:8443"), ("http", "git.example.org")),
+    ]:
+        assert not told(ours, protocol, host)
+    assert not told("", "https", "git.example.org")
 
 
 # the command
