@@ -33,7 +33,7 @@ class RetrainConfig(Section):
     """Hours times workers (times GPUs, where each worker has one); none: no such limit."""
     on_failed_gate: Literal["report", "fail"] = "report"
     """What a candidate that is not promoted means to whoever started the run: `report` ends well,
-    with the reasons in the report; `fail` ends with status 1 besides."""
+    with the reasons in the report; `fail` ends with status 3 besides."""
     webhook: str = Field(
         default="", pattern=r"^(https://.+|http://(127\.0\.0\.1|localhost)(:\d+)?/.*)?$"
     )
