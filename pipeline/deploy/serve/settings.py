@@ -86,8 +86,9 @@ class ServeSettings(Section):
     """Pictures in a pass of the network, always: so an answer has the same bits in any company."""
     threads: PositiveInt = 1
     """Of a pass; the same number gives the same bits."""
-    passes: PositiveInt = 2
-    """At once, each in threads of its own; any number gives the same bits."""
+    passes: PositiveInt = 1
+    """At once, each in threads of its own; any number gives the same bits. More than one is for
+    networks that take most of the time: small ones wait for Python's interpreter instead."""
     ready_learners: PositiveInt = 2000
     """Adapted learners kept in memory."""
     drain_seconds: NonNegativeFloat = 0.0
